@@ -1,0 +1,1 @@
+"""Frames to learn from and to measure on: CamVid, the procedural street."""
