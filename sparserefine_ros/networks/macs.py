@@ -1,0 +1,48 @@
+"""Multiply-adds of a network on a given input, counted while it runs.
+
+Dense convolutions and matrix products are counted by torch's own FlopCounterMode; a sparse convolution does
+(pairs of sites that its kernel connects) x Cin x Cout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparserefine_ros.networks.refiner import SparseRefiner
+from sparserefine_ros.sparse import StridedConv2d, SubmanifoldConv2d, TransposedConv2d
+
+
+def dense_macs(call: Callable[[], Any]) -> int:
+    """Multiply-adds of the dense operations inside ``call``."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops()) // 2
+
+
+@contextmanager
+def counting_refiner_macs(refiner: SparseRefiner) -> Iterator[list[int]]:
+    """Within the block, every layer of ``refiner`` that runs appends its multiply-adds to the yielded list."""
+    counts: list[int] = []
+
+    def sparse(module: Any, inputs: tuple[Any, ...], _output: Any) -> None:
+        counts.append(inputs[1].pairs * module.weight.shape[1] * module.weight.shape[2])
+
+    def linear(module: nn.Linear, inputs: tuple[Any, ...], _output: Any) -> None:
+        counts.append(len(inputs[0]) * module.in_features * module.out_features)
+
+    hooks = []
+    for module in refiner.modules():
+        if isinstance(module, SubmanifoldConv2d | StridedConv2d | TransposedConv2d):
+            hooks.append(module.register_forward_hook(sparse))
+        elif isinstance(module, nn.Linear):
+            hooks.append(module.register_forward_hook(linear))
+    try:
+        yield counts
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,62 @@
+"""SparseRefine's trainable part: sparse U-Net, linear head, ensembler (SparseRefine, Fig. 2).
+
+Shape shorthand: B images, K classes, H, W native size, N selected pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from sparserefine_ros.networks.ensemblers import build_ensembler
+from sparserefine_ros.networks.unet import SparseUNet
+from sparserefine_ros.sparse import Pyramid
+
+
+class Refinement(NamedTuple):
+    """What the refiner says of the selected pixels."""
+
+    refined: Tensor  # [N, K] logits of the sparse branch alone
+    ensembled: Tensor  # [N, K] logits after the ensembler: the final prediction
+
+
+class SparseRefiner(nn.Module):
+    """Refines the logits of selected pixels from their full-resolution colours.
+
+    Args:
+        num_classes: K.
+        channels: widths of the U-Net, one a level.
+        stride: "dilate" as in the official code, or "floor" (a third fewer multiply-adds); see ``sparse``.
+        blocks: residual blocks a stage and direction.
+        ensembler: gated, direct, entropy or oracle.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        channels: Sequence[int] = (32, 64, 128, 256, 512, 1024),
+        stride: str = "dilate",
+        blocks: int = 2,
+        ensembler: str = "gated",
+    ) -> None:
+        super().__init__()
+        self.levels, self.stride = len(channels), stride
+        self.unet = SparseUNet(3, channels, blocks)
+        self.classifier = nn.Linear(channels[0], num_classes)
+        self.ensembler = build_ensembler(ensembler, num_classes)
+
+    def pyramid(self, mask: Tensor) -> Pyramid:
+        """Sites and neighbour maps of a selection, bool [B, H, W]: built once a frame, used by every layer."""
+        return Pyramid.build(mask, self.levels, self.stride)
+
+    def refine(self, pixels: Tensor, pyramid: Pyramid) -> Tensor:
+        """Logits [N, K] of the sparse branch alone, from normalised colours [N, 3]."""
+        logits: Tensor = self.classifier(self.unet(pixels, pyramid))
+        return logits
+
+    def forward(self, pixels: Tensor, initial: Tensor, pyramid: Pyramid, labels: Tensor | None = None) -> Refinement:
+        """Normalised colours [N, 3] and initial logits [N, K], rows as in ``pyramid.levels[0].sites``."""
+        refined = self.refine(pixels, pyramid)
+        return Refinement(refined, self.ensembler(initial, refined, labels))

@@ -1,0 +1,27 @@
+"""Networks by name, so that a bundle's ``model.yaml`` can say which one to rebuild.
+
+A builder takes ``num_classes`` and the keyword arguments written in the bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from sparserefine_ros.networks.compact import CompactSegmenter
+from sparserefine_ros.networks.refiner import SparseRefiner
+
+DENSE: dict[str, Callable[..., nn.Module]] = {"compact": CompactSegmenter}
+REFINERS: dict[str, Callable[..., SparseRefiner]] = {"sparserefine": SparseRefiner}
+
+
+def build(table: Mapping[str, Callable[..., Any]], name: str, num_classes: int, args: Mapping[str, Any]) -> Any:
+    """The network called ``name``; ValueError with the known names or the rejected argument."""
+    if name not in table:
+        raise ValueError(f"unknown network {name!r}; known are {', '.join(sorted(table))}")
+    try:
+        return table[name](num_classes, **args)
+    except TypeError as error:
+        raise ValueError(f"network {name!r} does not take these arguments {dict(args)}: {error}") from error
