@@ -1,0 +1,1 @@
+"""Images in, segmentations out: bundles, preprocessing and the SparseRefine pipeline."""

@@ -1,0 +1,214 @@
+"""A bundle: the folder that holds everything needed to rebuild one segmenter.
+
+models/NAME/model.yaml            what this module reads and writes
+models/NAME/dense.safetensors     the dense segmenter
+models/NAME/native.safetensors    the same network tuned for native resolution, where there is one: the HR baseline
+models/NAME/refiner.safetensors   the refiner, where there is one
+models/NAME/README.md             the model card
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sparserefine_ros.datasets.classes import ClassList
+from sparserefine_ros.errors import BundleError
+
+FORMAT = 1
+DEFAULT_BUNDLES = {"sparserefine": "camvid", "dense": "camvid"}
+"""The bundle that each decoder uses when no model is named."""
+DECODERS = tuple(DEFAULT_BUNDLES)
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """One network of a bundle: what to build and which file holds its weights."""
+
+    network: str  # a name of networks.registry
+    args: dict[str, Any]
+    weights: str  # file name inside the bundle
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """The contents of ``model.yaml``, checked."""
+
+    path: Path
+    name: str
+    classes: ClassList
+    scale: float  # low resolution over native resolution
+    native_size: tuple[int, int]  # (H, W) it was trained for; other sizes work too
+    dense: NetworkSpec
+    refiner: NetworkSpec | None = None
+    native: NetworkSpec | None = None  # runs in place of ``dense`` at scale 1
+    entropy_threshold: float = 0.3  # nats
+    calibration: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def decoder(self) -> str:
+        """Which launch choice this bundle serves."""
+        return "sparserefine" if self.refiner else "dense"
+
+    @staticmethod
+    def load(name_or_path: str | Path) -> Bundle:
+        """Reads and checks ``model.yaml`` and the presence and hash of the weights.
+
+        Raises BundleError for a missing folder, a broken file, a class list or threshold out of range.
+        """
+        path = find_bundle(name_or_path)
+        file = path / "model.yaml"
+        try:
+            data = yaml.safe_load(file.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise BundleError(f"cannot read {file}: {error}; restore the bundle") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise BundleError(f"{file} has format {found!r}, this version reads format {FORMAT}; rebuild the bundle")
+        try:
+            bundle = _parse(path, data)
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise BundleError(f"{file}: {what}; compare it with a bundle under models/") from error
+        for spec in (bundle.dense, bundle.refiner, bundle.native):
+            if spec:
+                _check_hash(path / spec.weights, spec.sha256)
+        return bundle
+
+    def save(self) -> None:
+        """Writes ``model.yaml``; the weights are written by ``save_network``."""
+        data: dict[str, Any] = {
+            "format": FORMAT,
+            "name": self.name,
+            "classes": {
+                "name": self.classes.name,
+                "names": list(self.classes.names),
+                "palette": [list(colour) for colour in self.classes.palette],
+            },
+            "scale": self.scale,
+            "native_size": list(self.native_size),
+            "entropy_threshold": self.entropy_threshold,
+            "dense": vars(self.dense),
+            "refiner": vars(self.refiner) if self.refiner else None,
+            "native": vars(self.native) if self.native else None,
+            "calibration": self.calibration,
+            "provenance": self.provenance,
+        }
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=110)
+        (self.path / "model.yaml").write_text(text)
+
+
+def find_bundle(name_or_path: str | Path) -> Path:
+    """The folder of a bundle given by path or by name.
+
+    A name is looked for under $SPARSEREFINE_MODELS, then models/ of a source checkout, then the installed share folder.
+    """
+    direct = Path(name_or_path).expanduser()
+    if (direct / "model.yaml").is_file():
+        return direct
+    if direct.is_dir():
+        raise BundleError(f"{direct} is no bundle: it has no model.yaml; give a folder that `sparserefine train` wrote")
+    folders = model_folders()
+    for folder in folders:
+        if direct.parts and (folder / direct / "model.yaml").is_file():
+            return folder / direct
+    known = sorted({p.parent.name for folder in folders if folder.is_dir() for p in folder.glob("*/model.yaml")})
+    raise BundleError(
+        f"no bundle {str(name_or_path)!r}; give a folder with a model.yaml, "
+        f"or one of: {', '.join(known) or '(none found)'}"
+    )
+
+
+def model_folders() -> list[Path]:
+    """Where bundles are looked for, in order."""
+    package = Path(__file__).resolve().parents[1]
+    folders = [Path(os.environ["SPARSEREFINE_MODELS"])] if os.environ.get("SPARSEREFINE_MODELS") else []
+    folders.append(package.parent / "models")
+    share = Path("share") / "sparserefine_ros" / "models"
+    folders += [Path(prefix) / share for prefix in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep) if prefix]
+    folders.append(Path(sysconfig.get_path("data")) / share)
+    return folders
+
+
+def default_bundle(decoder: str) -> str:
+    """The bundle that ``decoder`` uses when no model is named."""
+    if decoder not in DEFAULT_BUNDLES:
+        raise BundleError(f"unknown decoder {decoder!r}; choose one of {', '.join(DECODERS)}")
+    return DEFAULT_BUNDLES[decoder]
+
+
+def save_network(path: Path, module: nn.Module, network: str, args: Mapping[str, Any], file: str) -> NetworkSpec:
+    """Writes ``module``'s weights as safetensors into the bundle folder and describes them."""
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+    save_file(tensors, path / file)
+    return NetworkSpec(network, dict(args), file, _sha256(path / file))
+
+
+def load_network(path: Path, spec: NetworkSpec, module: nn.Module) -> nn.Module:
+    """Fills ``module`` from the bundle's file; BundleError names any weight that is missing, left over or misshapen."""
+    file = path / spec.weights
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"cannot read weights {file}: {error}; restore the bundle") from error
+    wanted = module.state_dict()
+    for key in sorted(set(wanted) | set(tensors)):
+        if key not in tensors or key not in wanted:
+            where = "is missing from" if key not in tensors else "is left over in"
+            raise BundleError(f"weight {key!r} {where} {file} for network {spec.network!r} with {spec.args}")
+        if wanted[key].shape != tensors[key].shape:
+            raise BundleError(
+                f"weight {key!r} in {file} has shape {tuple(tensors[key].shape)}, but {spec.network!r} "
+                f"with {spec.args} needs {tuple(wanted[key].shape)}; do the classes of model.yaml fit the weights?"
+            )
+    module.load_state_dict(tensors)
+    return module.eval()
+
+
+def _parse(path: Path, data: Mapping[str, Any]) -> Bundle:
+    listed = data["classes"]
+    classes = ClassList(listed["name"], tuple(listed["names"]), tuple(tuple(c) for c in listed["palette"]))
+    if not 2 <= len(classes) <= 255:
+        raise ValueError(f"{len(classes)} classes; expected 2 to 255")
+    scale, threshold = float(data["scale"]), float(data["entropy_threshold"])
+    if not 0 < scale <= 1:
+        raise ValueError(f"scale {scale}; expected above 0 and at most 1")
+    if not 0 <= threshold <= math.log(len(classes)):
+        raise ValueError(
+            f"entropy_threshold {threshold}; expected 0 to log {len(classes)} = {math.log(len(classes)):.3f}"
+        )
+    height, width = (int(v) for v in data["native_size"])
+    refiner, native = (NetworkSpec(**data[key]) if data.get(key) else None for key in ("refiner", "native"))
+    return Bundle(
+        path, str(data["name"]), classes, scale, (height, width), NetworkSpec(**data["dense"]), refiner, native,
+        threshold, dict(data.get("calibration") or {}), dict(data.get("provenance") or {}),
+    )  # fmt: skip
+
+
+def _check_hash(file: Path, expected: str) -> None:
+    if not file.is_file():
+        raise BundleError(f"weights {file} are missing; restore the bundle")
+    found = _sha256(file)
+    if found != expected:
+        raise BundleError(
+            f"weights {file} have sha256 {found[:12]}…, model.yaml says {expected[:12]}…; restore the bundle"
+        )
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,0 +1,43 @@
+"""From camera pixels to network input.
+
+Shape shorthand: B images, H, W native size, h, w low-resolution size.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+# The usual ImageNet statistics of RGB in [0, 1]; any fixed pair would do for networks trained from scratch.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+def low_resolution_size(size: tuple[int, ...], scale: float) -> tuple[int, int]:
+    """(h, w) of an image of ``size`` (H, W) at ``scale``; at least one pixel."""
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """``image`` [H, W, 3] uint8 at ``size`` (h, w), averaging over the area so that nothing aliases."""
+    if image.shape[:2] == size:
+        return image
+    shrinks = size[0] <= image.shape[0]
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 RGB [B, H, W, 3] to float [B, 3, H, W] with zero mean and unit variance.
+
+    The result is a view in channels-last order, which is what convolutions on CPU and tensor cores like best.
+    """
+    return normalise_pixels(images).permute(0, 3, 1, 2)
+
+
+def normalise_pixels(pixels: Tensor) -> Tensor:
+    """uint8 RGB [..., 3] to float [..., 3] with zero mean and unit variance."""
+    mean = torch.tensor(MEAN, device=pixels.device) * 255
+    std = torch.tensor(STD, device=pixels.device) * 255
+    return (pixels.float() - mean) / std

@@ -1,0 +1,276 @@
+"""The pipeline: dense prediction at low resolution, refinement of uncertain pixels at native resolution.
+
+What is computed at low resolution (softmax, entropy, confidence, argmax) stays there until the end; only the mask,
+the confidence and the entropy are upsampled, as single channels. Logits at native resolution exist for selected
+pixels alone.
+
+Shape shorthand: B images of one size, K classes, H, W native size, h, w low resolution, N selected pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from sparserefine_ros.errors import BundleError, FrameError, ParameterError
+from sparserefine_ros.networks.entropy import entropy
+from sparserefine_ros.networks.refiner import SparseRefiner
+from sparserefine_ros.networks.registry import DENSE, REFINERS, build
+from sparserefine_ros.networks.selectors import nearest_index, upsample_nearest
+from sparserefine_ros.segmenter.bundle import Bundle, NetworkSpec, load_network
+from sparserefine_ros.segmenter.preprocess import low_resolution_size, normalise, normalise_pixels, resize
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+STAGES = ("preprocess", "dense", "select", "refine", "merge")
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What is known of one frame; arrays have the frame's own size."""
+
+    mask: np.ndarray  # [H, W] uint8 class ids
+    confidence: np.ndarray  # [H, W] uint8, 255 times the largest softmax probability of the final prediction
+    entropy: np.ndarray  # [H, W] float32, nats: entropy of the initial prediction, the selector's criterion
+    density: float  # selected pixels over all pixels
+    stage_ms: dict[str, float]  # milliseconds by stage, for the whole batch the frame was part of
+
+
+class Segmenter:
+    """Runs a bundle.
+
+    Args:
+        bundle: what to run.
+        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
+        precision: fp32, fp16 or bf16 for the networks; entropy and blending stay in float32.
+        entropy_threshold: nats; None takes the bundle's calibrated value.
+        refine: None refines where the bundle has a refiner.
+        scale: low resolution over native; None takes the bundle's. Scale 1 without refinement is the dense
+            baseline, with the bundle's weights for native resolution where it has them.
+
+    Raises:
+        BundleError: weights do not fit, or ``refine=True`` without a refiner.
+        ParameterError: a value out of range, or a device that is not there.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: str = "auto",
+        precision: str = "fp32",
+        entropy_threshold: float | None = None,
+        refine: bool | None = None,
+        scale: float | None = None,
+    ) -> None:
+        self.bundle, self.classes = bundle, bundle.classes
+        self.device = pick_device(device)
+        if precision not in PRECISIONS:
+            raise ParameterError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+        self.precision = precision
+        self.scale = bundle.scale if scale is None else scale
+        if not 0 < self.scale <= 1:
+            raise ParameterError(f"scale {self.scale} is out of range; give a number above 0 and at most 1")
+        if refine and bundle.refiner is None:
+            raise BundleError(
+                f"bundle {bundle.name!r} has no refiner; set refine to auto or false, or choose another model"
+            )
+        self.refines = bundle.refiner is not None if refine is None else refine
+        self.entropy_threshold = bundle.entropy_threshold if entropy_threshold is None else entropy_threshold
+        dense = bundle.native if self.scale == 1 and bundle.native else bundle.dense
+        self.dense: nn.Module = fold_batch_norm(self._load(DENSE, dense))
+        self.dense = self.dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.refiner: SparseRefiner | None = None
+        if self.refines and bundle.refiner is not None:
+            self.refiner = self._load(REFINERS, bundle.refiner)
+
+    def _load(self, table: Any, spec: NetworkSpec) -> Any:
+        try:
+            module = build(table, spec.network, len(self.classes), spec.args)
+        except ValueError as error:
+            raise BundleError(f"{self.bundle.path / 'model.yaml'}: {error}") from error
+        return load_network(self.bundle.path, spec, module).to(self.device)
+
+    @property
+    def entropy_threshold(self) -> float:
+        """Pixels above this entropy, in nats, are refined; may be set between any two frames."""
+        return self._threshold
+
+    @entropy_threshold.setter
+    def entropy_threshold(self, value: float) -> None:
+        limit = math.log(len(self.classes))
+        if not (isinstance(value, float | int) and 0 <= value <= limit):  # NaN fails both comparisons
+            raise ParameterError(
+                f"entropy_threshold {value!r} is out of range; give a number of nats from 0 to {limit:.3f} "
+                f"(log of {len(self.classes)} classes), or auto"
+            )
+        self._threshold = float(value)
+
+    def segment(self, images: Sequence[np.ndarray], refine: bool | None = None) -> list[Segmentation]:
+        """Segments ``images``, each [H, W, 3] uint8 RGB; frames of one size share a batch.
+
+        ``refine=False`` leaves the refiner out for this call. Raises FrameError for an array that is no such image and
+        for logits that are not finite (broken weights, or overflow in half precision).
+        """
+        for image in images:
+            _check_image(image)
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, image in enumerate(images):
+            groups[image.shape[0], image.shape[1]].append(index)
+        results: dict[int, Segmentation] = {}
+        for indices in groups.values():
+            batch = self._segment_batch([images[i] for i in indices], self.refines if refine is None else refine)
+            results.update(zip(indices, batch, strict=True))
+        return [results[i] for i in range(len(images))]
+
+    @torch.inference_mode()
+    def _segment_batch(self, images: Sequence[np.ndarray], refine: bool) -> list[Segmentation]:
+        clock = _StageClock(self.device)
+        size = (images[0].shape[0], images[0].shape[1])
+        with clock("preprocess"):
+            low = np.stack([resize(image, low_resolution_size(size, self.scale)) for image in images])
+            x = normalise(torch.from_numpy(low).to(self.device))
+        with clock("dense"), self._autocast():
+            logits = self.dense(x)  # [B, K, h, w]
+        with clock("select"):
+            initial = initial_prediction(logits.float())
+            if not torch.isfinite(initial.entropy).all():
+                raise FrameError(
+                    f"the dense segmenter of bundle {self.bundle.name!r} gave logits that are not finite; "
+                    f"check its weights, or try precision fp32 (now {self.precision})"
+                )
+            mask, confidence, uncertainty = (
+                upsample_nearest(t, size) for t in (initial.mask, initial.confidence, initial.entropy)
+            )
+            selected = upsample_nearest(initial.entropy > self._threshold, size)  # bool [B, H, W]
+            densities = selected.flatten(1).float().mean(1).tolist()
+        if refine and self.refiner is not None:
+            mask, confidence = self._refine(images, initial.logits, selected, mask, confidence, clock)
+        return [
+            Segmentation(_array(mask[b]), _array(confidence[b]), _array(uncertainty[b]), densities[b], clock.ms)
+            for b in range(len(images))
+        ]
+
+    def _refine(
+        self,
+        images: Sequence[np.ndarray],
+        logits: Tensor,
+        selected: Tensor,
+        mask: Tensor,
+        confidence: Tensor,
+        clock: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """``mask`` and ``confidence`` [B, H, W] with the selected pixels' final prediction written into them."""
+        assert self.refiner is not None
+        with clock("refine"), self._autocast():
+            pyramid = self.refiner.pyramid(selected)
+            sites = pyramid.levels[0]
+            if len(sites) == 0:
+                return mask, confidence
+            native = torch.from_numpy(np.stack(images)).to(self.device)  # [B, H, W, 3]
+            pixels = normalise_pixels(native.view(-1, 3)[sites.flat])  # [N, 3]
+            refined = self.refiner.refine(pixels, pyramid)  # [N, K]
+        with clock("merge"):
+            final = self.refiner.ensembler(gather_initial(logits, sites.sites, selected.shape[1:]), refined.float())
+            top = final.softmax(1).max(1)
+            if not torch.isfinite(top.values).all():
+                raise FrameError(
+                    f"the refiner of bundle {self.bundle.name!r} gave logits that are not finite; "
+                    f"check its weights, or try precision fp32 (now {self.precision})"
+                )
+            mask.view(-1)[sites.flat] = top.indices.to(torch.uint8)
+            confidence.view(-1)[sites.flat] = (top.values * 255).round().to(torch.uint8)
+        return mask, confidence
+
+    def _autocast(self) -> Any:
+        dtype = PRECISIONS[self.precision]
+        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype=dtype)
+
+
+@dataclass
+class Initial:
+    """The dense segmenter's prediction at low resolution."""
+
+    logits: Tensor  # [B, K, h, w] float32
+    entropy: Tensor  # [B, h, w] nats
+    mask: Tensor  # [B, h, w] uint8
+    confidence: Tensor  # [B, h, w] uint8
+
+
+def initial_prediction(logits: Tensor) -> Initial:
+    """Entropy, class and confidence of ``logits`` [B, K, h, w], from one softmax."""
+    probabilities = logits.softmax(1)
+    top = probabilities.max(1)
+    return Initial(
+        logits, entropy(probabilities, 1), top.indices.to(torch.uint8), (top.values * 255).round().to(torch.uint8)
+    )
+
+
+def gather_initial(logits: Tensor, sites: Tensor, size: Sequence[int]) -> Tensor:
+    """Initial logits [N, K] of ``sites`` [N, 3] (batch, row, column; native ``size``) from ``logits`` [B, K, h, w]."""
+    rows = nearest_index(logits.shape[2], size[0], logits.device)[sites[:, 1]]
+    columns = nearest_index(logits.shape[3], size[1], logits.device)[sites[:, 2]]
+    return logits.permute(0, 2, 3, 1)[sites[:, 0], rows, columns]
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called ``name``; "auto" prefers CUDA. ParameterError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ParameterError(f"device {name!r} is unknown; give auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ParameterError(
+            f"device {name!r} is not there ({torch.cuda.device_count()} CUDA devices); give auto or cpu"
+        )
+    return device
+
+
+def fold_batch_norm(module: nn.Module) -> nn.Module:
+    """Folds every BatchNorm2d that directly follows a Conv2d in an nn.Sequential into that convolution, in place."""
+    for parent in module.modules():
+        if isinstance(parent, nn.Sequential):
+            for i in range(len(parent) - 1):
+                conv, norm = parent[i], parent[i + 1]
+                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                    parent[i], parent[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+    return module
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.cpu().numpy()
+    return array
+
+
+def _check_image(image: np.ndarray) -> None:
+    if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        what = f"{image.dtype} array of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise FrameError(f"cannot segment a {what}; give a uint8 RGB array of shape [H, W, 3]")
+    if 0 in image.shape:
+        raise FrameError(f"cannot segment an image of shape {image.shape}; it has no pixels")
+
+
+class _StageClock:
+    """Milliseconds by stage; waits for the device at the end of each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.ms = dict.fromkeys(STAGES, 0.0)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.ms[stage] += (time.perf_counter() - start) * 1e3

@@ -1,0 +1,148 @@
+"""The pipeline against a plain formulation of the paper's, at full resolution and in float64 where it matters."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sparserefine_ros.errors import BundleError, FrameError, ParameterError
+from sparserefine_ros.networks.registry import DENSE, REFINERS, build
+from sparserefine_ros.segmenter.bundle import Bundle, load_network
+from sparserefine_ros.segmenter.preprocess import MEAN, STD, low_resolution_size, resize
+from sparserefine_ros.segmenter.segmenter import STAGES, Segmenter
+
+
+def plain_pipeline(bundle: Bundle, image: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """SparseRefine as the paper writes it: logits upsampled first, everything at native resolution, no batching."""
+    dense = load_network(bundle.path, bundle.dense, build(DENSE, bundle.dense.network, 11, bundle.dense.args))
+    assert bundle.refiner is not None
+    refiner = load_network(
+        bundle.path, bundle.refiner, build(REFINERS, bundle.refiner.network, 11, bundle.refiner.args)
+    )
+    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+    low = resize(image, low_resolution_size(image.shape, bundle.scale))
+    with torch.no_grad():
+        x = (torch.from_numpy(low).float() / 255 - mean) / std
+        logits = F.interpolate(dense(x.permute(2, 0, 1)[None]), image.shape[:2], mode="nearest")  # [1, K, H, W]
+        p = logits.double().softmax(1)
+        e = torch.special.entr(p).sum(1)
+        chosen = e > threshold
+        pyramid = refiner.pyramid(chosen)
+        native = (torch.from_numpy(image).float() / 255 - mean) / std
+        final = logits[0].permute(1, 2, 0).clone()
+        final[chosen[0]] = refiner(native[chosen[0]], final[chosen[0]], pyramid).ensembled
+    top = final.softmax(-1).max(-1)
+    return top.indices.numpy().astype(np.uint8), (top.values * 255).numpy(), e[0].numpy()
+
+
+@pytest.mark.parametrize("size", [(64, 96), (65, 97), (33, 50)])
+def test_pipeline_equals_the_plain_formulation(tiny_bundle: Path, frame: np.ndarray, size: tuple[int, int]) -> None:
+    image = resize(frame, size)
+    bundle = Bundle.load(tiny_bundle)
+    mask, confidence, entropy = plain_pipeline(bundle, image, bundle.entropy_threshold)
+    result = Segmenter(bundle, "cpu").segment([image])[0]
+    assert result.mask.dtype == result.confidence.dtype == np.uint8 and result.entropy.dtype == np.float32
+    assert result.mask.shape == result.confidence.shape == result.entropy.shape == size
+    assert (result.mask == mask).mean() > 0.999  # a tie may fall the other way by rounding
+    np.testing.assert_allclose(result.confidence, confidence, atol=1.01)
+    np.testing.assert_allclose(result.entropy, entropy, atol=1e-4)
+    assert result.density == pytest.approx((entropy > bundle.entropy_threshold).mean(), abs=1e-3)
+    assert 0.05 < result.density < 0.95
+    assert set(result.stage_ms) == set(STAGES) and all(ms > 0 for ms in result.stage_ms.values())
+
+
+def test_refinement_changes_selected_pixels_only(tiny_bundle: Path, frame: np.ndarray) -> None:
+    segmenter = Segmenter(Bundle.load(tiny_bundle), "cpu")
+    refined, plain = segmenter.segment([frame])[0], segmenter.segment([frame], refine=False)[0]
+    changed = refined.mask != plain.mask
+    assert changed.any()
+    assert not changed[refined.entropy <= segmenter.entropy_threshold].any()
+
+
+def test_batches_and_mixed_sizes_give_what_single_frames_give(tiny_bundle: Path, frame: np.ndarray) -> None:
+    segmenter = Segmenter(Bundle.load(tiny_bundle), "cpu")
+    images = [frame, resize(frame, (40, 56)), np.ascontiguousarray(frame[::-1])]
+    together = segmenter.segment(images)
+    for image, result in zip(images, together, strict=True):
+        alone = segmenter.segment([image])[0]
+        assert (result.mask == alone.mask).mean() > 0.999
+        assert result.density == pytest.approx(alone.density, abs=2e-3)
+    assert segmenter.segment([]) == []
+
+
+def test_threshold_bounds_select_everything_or_nothing(tiny_bundle: Path, frame: np.ndarray) -> None:
+    segmenter = Segmenter(Bundle.load(tiny_bundle), "cpu", entropy_threshold=math.log(11))
+    nothing = segmenter.segment([frame])[0]
+    assert nothing.density == 0
+    np.testing.assert_array_equal(nothing.mask, segmenter.segment([frame], refine=False)[0].mask)
+    segmenter.entropy_threshold = 0.0
+    assert segmenter.segment([frame])[0].density == 1
+
+
+@pytest.mark.parametrize("value", [-0.1, 2.5, math.nan, math.inf, "0.3"])
+def test_threshold_out_of_range_names_value_and_range(tiny_bundle: Path, value: float) -> None:
+    segmenter = Segmenter(Bundle.load(tiny_bundle), "cpu", entropy_threshold=0.5)
+    with pytest.raises(ParameterError, match=rf"entropy_threshold {value!r}.*0 to 2\.398"):
+        segmenter.entropy_threshold = value
+    assert segmenter.entropy_threshold == 0.5
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((4, 4), np.uint8), r"shape \(4, 4\)"),
+        (np.zeros((4, 4, 3), np.float32), "float32"),
+        (np.zeros((0, 4, 3), np.uint8), "no pixels"),
+        (None, "NoneType"),
+    ],
+)
+def test_bad_arrays_are_refused(tiny_bundle: Path, array: np.ndarray, message: str) -> None:
+    with pytest.raises(FrameError, match=message):
+        Segmenter(Bundle.load(tiny_bundle), "cpu").segment([array])
+
+
+@pytest.mark.parametrize("part", ["dense", "refiner"])
+def test_weights_that_are_not_finite_are_reported(tiny_bundle: Path, frame: np.ndarray, part: str) -> None:
+    segmenter = Segmenter(Bundle.load(tiny_bundle), "cpu")
+    with torch.no_grad():
+        next(getattr(segmenter, part).parameters()).fill_(math.nan)
+    with pytest.raises(FrameError, match="not finite.*check its weights"):
+        segmenter.segment([frame])
+
+
+def test_bf16_stays_close_to_fp32(tiny_bundle: Path, frame: np.ndarray) -> None:
+    bundle = Bundle.load(tiny_bundle)
+    full, half = (
+        Segmenter(bundle, "cpu", precision).segment([frame], refine=False)[0] for precision in ("fp32", "bf16")
+    )
+    assert np.abs(full.entropy - half.entropy).mean() < 0.1
+    assert (full.mask == half.mask).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"precision": "int8"}, ParameterError, "'int8'.*fp32, fp16, bf16"),
+        ({"device": "gpu7"}, ParameterError, "'gpu7'.*auto, cpu"),
+        ({"device": "cuda:63"}, ParameterError, "'cuda:63'.*auto or cpu"),
+        ({"scale": 0.0}, ParameterError, "scale 0.0.*above 0"),
+        ({"entropy_threshold": 9.0}, ParameterError, "entropy_threshold 9.0"),
+    ],
+)
+def test_bad_arguments(tiny_bundle: Path, arguments: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Segmenter(Bundle.load(tiny_bundle), **arguments)
+
+
+def test_refining_without_a_refiner_is_refused(tiny_bundle: Path) -> None:
+    from dataclasses import replace
+
+    bundle = replace(Bundle.load(tiny_bundle), refiner=None)
+    assert not Segmenter(bundle, "cpu").refines
+    with pytest.raises(BundleError, match="'tiny' has no refiner"):
+        Segmenter(bundle, "cpu", refine=True)
