@@ -1,0 +1,112 @@
+"""The density-recall curve of the entropy selector, and the threshold for a target recall (SparseRefine, Fig. 3b, A1).
+
+One pass over the frames fills two histograms of entropy, of all pixels and of the misclassified ones; every threshold's
+density, recall and precision follow from them.
+
+Shape shorthand: T thresholds, K classes, H, W native size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from sparserefine_ros.datasets.base import UNLABELLED, Sample
+from sparserefine_ros.segmenter.bundle import Bundle
+from sparserefine_ros.segmenter.segmenter import Segmenter
+
+BINS = 2000
+
+
+@dataclass(frozen=True)
+class DensityRecall:
+    """Per threshold: selected over all pixels, found over all misclassified ones, misclassified over selected ones."""
+
+    thresholds: np.ndarray  # [T] nats, ascending
+    density: np.ndarray  # [T]
+    recall: np.ndarray  # [T]
+    precision: np.ndarray  # [T]
+
+    def at(self, threshold: float) -> dict[str, float]:
+        """Density, recall and precision at the nearest threshold of the curve."""
+        i = int(np.abs(self.thresholds - threshold).argmin())
+        return {name: float(getattr(self, name)[i]) for name in ("density", "recall", "precision")}
+
+    def threshold_for(self, recall: float) -> float:
+        """The highest threshold, hence the lowest density, whose recall is at least ``recall``; 0 where none is."""
+        enough = np.nonzero(self.recall >= recall)[0]
+        return float(self.thresholds[enough[-1]]) if enough.size else 0.0
+
+
+def density_recall(segmenter: Segmenter, samples: Iterable[Sample]) -> DensityRecall:
+    """Measures the initial prediction of ``segmenter`` on labelled samples.
+
+    Density counts every pixel, labelled or not, since all of them cost time; recall and precision count labelled ones.
+    Raises ValueError when no sample has a label.
+    """
+    edges = np.linspace(0.0, math.log(len(segmenter.classes)) * (1 + 1e-6), BINS + 1)
+    everything, labelled, wrong = (np.zeros(BINS, np.int64) for _ in range(3))
+    for sample in samples:
+        if sample.label is None:
+            continue
+        initial = segmenter.segment([sample.image], refine=False)[0]
+        known = sample.label != UNLABELLED
+        missed = known & (initial.mask != sample.label)
+        for counts, pixels in ((everything, ...), (labelled, known), (wrong, missed)):
+            counts += np.histogram(initial.entropy[pixels], edges)[0]
+    if not labelled.sum():
+        raise ValueError("no labelled pixel to calibrate on; give frames with labels")
+
+    def above(counts: np.ndarray) -> np.ndarray:  # pixels in bin i and higher: those above threshold edges[i]
+        return counts[::-1].cumsum()[::-1].astype(np.float64)
+
+    return DensityRecall(
+        thresholds=edges[:-1],
+        density=above(everything) / everything.sum(),
+        recall=above(wrong) / max(int(wrong.sum()), 1),
+        precision=above(wrong) / np.maximum(above(labelled), 1),
+    )
+
+
+def draw(curve: DensityRecall, threshold: float, title: str, file: Path) -> None:
+    """Saves the density-recall curve with the chosen threshold marked."""
+    from matplotlib.figure import Figure  # imported late: slow, and only drawing needs it
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    here = curve.at(threshold)
+    left.plot(100 * curve.density, 100 * curve.recall, color="#1f77b4")
+    left.plot([0, 100], [0, 100], ":", color="grey", label="random selection")
+    left.plot(
+        100 * here["density"], 100 * here["recall"], "o", color="#d62728", label=f"threshold {threshold:.3f} nats"
+    )
+    left.set(xlabel="density, % of pixels", ylabel="recall, % of misclassified pixels", xlim=(0, 60), ylim=(0, 101))
+    left.legend(loc="lower right")
+    for name, colour in (("density", "#2ca02c"), ("recall", "#1f77b4"), ("precision", "#9467bd")):
+        right.plot(curve.thresholds, 100 * getattr(curve, name), color=colour, label=name)
+    right.axvline(threshold, color="#d62728", linestyle="--")
+    right.set(xlabel="entropy threshold, nats", ylabel="%", ylim=(0, 101), xlim=(0, curve.thresholds[-1]))
+    right.legend()
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+
+
+def calibrate_bundle(segmenter: Segmenter, samples: Iterable[Sample], recall: float) -> Bundle:
+    """Writes the threshold for ``recall`` and its figures into the segmenter's bundle, beside a plot of the curve."""
+    bundle = segmenter.bundle
+    curve = density_recall(segmenter, samples)
+    threshold = round(curve.threshold_for(recall), 4)
+    figures = {name: round(value, 4) for name, value in curve.at(threshold).items()}
+    calibrated = replace(
+        bundle, entropy_threshold=threshold, calibration={"target_recall": recall, "threshold": threshold, **figures}
+    )
+    calibrated.save()
+    draw(curve, threshold, f"{bundle.name}: entropy selector", bundle.path / "density_recall.png")
+    return calibrated

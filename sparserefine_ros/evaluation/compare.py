@@ -1,0 +1,141 @@
+"""A bundle's table: dense at native resolution (HR), dense at low resolution (LR), LR with the refiner.
+
+The three run in turn on every frame of one pass, so that their times share whatever the machine is doing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from sparserefine_ros.datasets.base import UNLABELLED, Sample
+from sparserefine_ros.evaluation.metrics import ConfusionMatrix
+from sparserefine_ros.networks.macs import counting_refiner_macs, dense_macs
+from sparserefine_ros.segmenter.bundle import Bundle
+from sparserefine_ros.segmenter.preprocess import low_resolution_size
+from sparserefine_ros.segmenter.segmenter import Segmenter
+
+HR, LR, REFINED = "HR dense", "LR dense", "LR + SparseRefine"
+WARM_UP = 3  # frames that are scored but not timed
+
+
+def compare(
+    bundle: Bundle,
+    samples: Sequence[Sample],
+    device: str = "auto",
+    precision: str = "fp32",
+    threshold: float | None = None,
+) -> dict[str, Any]:
+    """Accuracy, density, recall, multiply-adds and time of the three, as plain data.
+
+    Keys: ``rows`` {name: miou, iou, macs_g, ms (median), density, recall}, ``ratios`` over HR dense, and the setting.
+    Latency is from camera pixels to mask, without message handling. Absent classes are left out of a mean.
+    """
+    segmenters = {
+        HR: Segmenter(bundle, device, precision, refine=False, scale=1.0),
+        LR: Segmenter(bundle, device, precision, refine=False),
+        REFINED: Segmenter(bundle, device, precision, threshold, refine=True),
+    }
+    refined = segmenters[REFINED]
+    assert refined.refiner is not None
+    matrices = {name: ConfusionMatrix(bundle.classes) for name in segmenters}
+    times: dict[str, list[float]] = {name: [] for name in segmenters}
+    densities, refiner_macs, wrong, found = [], [], 0, 0
+    for index, sample in enumerate(track(samples, description=f"comparing on {len(samples)} frames")):
+        for name, segmenter in segmenters.items():
+            if segmenter is refined and index < WARM_UP:
+                with counting_refiner_macs(refined.refiner) as counts:
+                    result = segmenter.segment([sample.image])[0]
+                refiner_macs.append(sum(counts) / max(result.density, 1e-9))
+            else:
+                result = segmenter.segment([sample.image])[0]
+            if index >= WARM_UP:
+                times[name].append(sum(result.stage_ms.values()))
+            if sample.label is not None:
+                matrices[name].update(sample.label, result.mask)
+                if name == LR:
+                    missed = (result.mask != sample.label) & (sample.label != UNLABELLED)
+                    wrong += int(missed.sum())
+                    found += int((missed & (result.entropy > refined.entropy_threshold)).sum())
+            if segmenter is refined:
+                densities.append(result.density)
+    density = statistics.fmean(densities)
+    size = samples[0].image.shape[:2]
+    macs: dict[str, float] = {HR: _dense_macs(segmenters[HR], size), LR: _dense_macs(segmenters[LR], size)}
+    macs[REFINED] = macs[LR] + statistics.fmean(refiner_macs) * density  # the refiner's work grows with its sites
+    rows: dict[str, dict[str, Any]] = {
+        name: {
+            "miou": matrices[name].miou(), "iou": matrices[name].iou(), "macs_g": macs[name] / 1e9,
+            "ms": statistics.median(times[name]) if times[name] else math.nan,
+        }
+        for name in segmenters
+    }  # fmt: skip
+    rows[REFINED].update(density=density, recall=found / max(wrong, 1))
+    ratios = {
+        name: {"macs": macs[name] / macs[HR], "time": _median_ratio(times[name], times[HR])} for name in (LR, REFINED)
+    }
+    return {
+        "bundle": bundle.name, "frames": len(samples), "size": list(size), "threshold": refined.entropy_threshold,
+        "device": str(refined.device), "threads": torch.get_num_threads(), "precision": precision,
+        "machine": platform.processor() or platform.machine(), "torch": str(torch.__version__),
+        "rows": rows, "ratios": ratios,
+    }  # fmt: skip
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """The table as Markdown: totals first, then one line a class."""
+    rows = table["rows"]
+    lines = [
+        "| | mIoU | density | recall | GMAC | MACs / HR | time / HR | ms |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        ratio = table["ratios"].get(name, {"macs": 1.0, "time": 1.0})
+        extra = [f"{row[key]:.1%}" if key in row else "–" for key in ("density", "recall")]
+        lines.append(
+            f"| {name} | {100 * row['miou']:.2f} | {extra[0]} | {extra[1]} | {row['macs_g']:.2f} | {ratio['macs']:.2f} "
+            f"| {ratio['time']:.2f} | {row['ms']:.0f} |"
+        )
+    lines += ["", "| IoU | " + " | ".join(rows) + " |", "|---|" + "---|" * len(rows)]
+    for name in rows[HR]["iou"]:
+        values = [row["iou"][name] for row in rows.values()]
+        lines.append(f"| {name} | " + " | ".join("–" if math.isnan(v) else f"{100 * v:.1f}" for v in values) + " |")
+    height, width = table["size"]
+    lines += [
+        "",
+        f"{table['frames']} frames of {width}x{height}, threshold {table['threshold']:.4f} nats, {table['device']} "
+        f"with {table['threads']} threads, {table['precision']}, torch {table['torch']}. Times are medians of one "
+        "interleaved run, from camera pixels to mask; a ratio is the median of each frame's own ratio.",
+    ]
+    return "\n".join(lines)
+
+
+def save_json(table: dict[str, Any], file: Path) -> None:
+    """Writes ``table`` as JSON; absent classes become null."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(_null_nan(table), indent=1) + "\n")
+
+
+def _null_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _null_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _dense_macs(segmenter: Segmenter, size: Sequence[int]) -> int:
+    low = low_resolution_size(tuple(size), segmenter.scale)
+    image = torch.zeros(1, 3, *low, device=segmenter.device)
+    with torch.no_grad():
+        return dense_macs(lambda: segmenter.dense(image))
+
+
+def _median_ratio(times: Sequence[float], base: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(times, base, strict=True)) if base else math.nan

@@ -1,0 +1,133 @@
+"""Metrics and calibration against torchmetrics, hand-made counts and a brute-force curve."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.classification import MulticlassJaccardIndex
+
+from sparserefine_ros.datasets.base import UNLABELLED, Sample
+from sparserefine_ros.datasets.classes import CAMVID, CITYSCAPES, ClassList
+from sparserefine_ros.evaluation.calibration import calibrate_bundle, density_recall
+from sparserefine_ros.evaluation.compare import HR, LR, REFINED, compare, markdown, save_json
+from sparserefine_ros.evaluation.metrics import ConfusionMatrix
+from sparserefine_ros.networks.macs import counting_refiner_macs
+from sparserefine_ros.networks.refiner import SparseRefiner
+from sparserefine_ros.segmenter.bundle import Bundle
+from sparserefine_ros.segmenter.segmenter import Segmenter
+
+
+def test_iou_equals_torchmetrics() -> None:
+    rng = np.random.default_rng(0)
+    matrix, reference = ConfusionMatrix(CAMVID), MulticlassJaccardIndex(11, average="none", ignore_index=UNLABELLED)
+    for _ in range(3):
+        label = rng.integers(0, 11, (40, 50)).astype(np.uint8)
+        guess = np.where(rng.random((40, 50)) < 0.6, label, rng.integers(0, 11, (40, 50))).astype(np.uint8)
+        label[rng.random((40, 50)) < 0.1] = UNLABELLED
+        matrix.update(label, guess)
+        reference.update(torch.from_numpy(guess).long(), torch.from_numpy(label).long())
+    np.testing.assert_allclose(list(matrix.iou().values()), reference.compute().numpy(), rtol=1e-6)
+    assert matrix.miou() == pytest.approx(reference.compute().mean().item(), rel=1e-6)
+
+
+def test_absent_classes_and_unlabelled_predictions() -> None:
+    classes = ClassList("abc", ("a", "b", "c"), ((0, 0, 0), (1, 1, 1), (2, 2, 2)))
+    matrix = ConfusionMatrix(classes)
+    assert np.isnan(matrix.miou()) and np.isnan(matrix.accuracy())
+    matrix.update(np.array([[0, 0, 1, 255]], np.uint8), np.array([[0, 255, 0, 2]], np.uint8))
+    iou = matrix.iou()
+    assert iou["a"] == pytest.approx(1 / 3)  # hit 1; missed 1 (predicted unlabelled), false 1
+    assert iou["b"] == 0 and np.isnan(iou["c"])
+    assert matrix.miou() == pytest.approx(1 / 6) and matrix.accuracy() == pytest.approx(1 / 3)
+
+
+def test_ids_and_shapes_that_do_not_fit() -> None:
+    matrix = ConfusionMatrix(CAMVID)
+    with pytest.raises(ValueError, match="class id 18, but 'camvid' has 11"):
+        matrix.update(np.full((2, 2), 18, np.uint8), np.zeros((2, 2), np.uint8))
+    with pytest.raises(ValueError, match=r"\(2, 2\) and prediction \(2, 3\)"):
+        matrix.update(np.zeros((2, 2), np.uint8), np.zeros((2, 3), np.uint8))
+
+
+def test_class_lists() -> None:
+    assert (len(CAMVID), len(CITYSCAPES)) == (11, 19)
+    lut = CITYSCAPES.lut()
+    assert lut[13].tolist() == [0, 0, 142] and lut[UNLABELLED].tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match="2 names but 1 colours"):
+        ClassList("x", ("a", "b"), ((0, 0, 0),))
+
+
+@pytest.fixture
+def samples(frame: np.ndarray) -> list[Sample]:
+    rng = np.random.default_rng(3)
+    frames = [frame, np.ascontiguousarray(frame[:, ::-1]), 255 - frame]
+    labels = [rng.integers(0, 11, (8, 12)).repeat(8, 0).repeat(8, 1).astype(np.uint8) for _ in frames]
+    labels[0][:5] = UNLABELLED
+    return [Sample(f, label, str(i), i) for i, (f, label) in enumerate(zip(frames, labels, strict=True))]
+
+
+def test_density_recall_curve_equals_brute_force(tiny_bundle: Path, samples: list[Sample]) -> None:
+    segmenter = Segmenter(Bundle.load(tiny_bundle), "cpu")
+    curve = density_recall(segmenter, samples)
+    results = [segmenter.segment([s.image], refine=False)[0] for s in samples]
+    for index in (0, 400, 1200, 1900):
+        threshold = curve.thresholds[index]
+        chosen = [r.entropy >= threshold for r in results]
+        known = [s.label != UNLABELLED for s in samples]
+        wrong = [k & (r.mask != s.label) for k, r, s in zip(known, results, samples, strict=True)]
+        hit = sum(int((c & w).sum()) for c, w in zip(chosen, wrong, strict=True))
+        assert curve.density[index] == pytest.approx(np.mean(chosen), abs=1e-3)
+        assert curve.recall[index] == pytest.approx(hit / sum(int(w.sum()) for w in wrong), abs=1e-3)
+        picked = sum(int((c & k).sum()) for c, k in zip(chosen, known, strict=True))
+        assert curve.precision[index] == pytest.approx(hit / max(picked, 1), abs=1e-3)
+    assert curve.density[0] == curve.recall[0] == 1
+    assert (np.diff(curve.density) <= 0).all() and (np.diff(curve.recall) <= 0).all()
+    threshold = curve.threshold_for(0.8)
+    assert curve.at(threshold)["recall"] >= 0.8 > curve.at(threshold + 0.01)["recall"]
+
+
+def test_calibration_is_written_into_the_bundle(tiny_bundle: Path, tmp_path: Path, samples: list[Sample]) -> None:
+    path = Path(shutil.copytree(tiny_bundle, tmp_path / "tiny"))
+    before = Bundle.load(path).entropy_threshold
+    calibrate_bundle(Segmenter(Bundle.load(path), "cpu"), samples, recall=0.5)
+    bundle = Bundle.load(path)
+    assert bundle.entropy_threshold == bundle.calibration["threshold"] != before
+    assert bundle.calibration["recall"] == pytest.approx(0.5, abs=0.02)
+    assert (path / "density_recall.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="no labelled pixel"):
+        density_recall(Segmenter(bundle, "cpu"), [s._replace(label=None) for s in samples])
+
+
+def test_refiner_macs_are_pairs_times_channels() -> None:
+    refiner = SparseRefiner(5, (4, 8), "floor", blocks=1)
+    pyramid = refiner.pyramid(torch.ones(1, 2, 2, dtype=torch.bool))
+    with counting_refiner_macs(refiner) as counts:
+        refiner(torch.randn(4, 3), torch.randn(4, 5), pyramid)
+    fine, coarse, strided = 4 * 4, 1, 4  # each of 2x2 sites sees all four; one coarse site; its window holds all four
+    unet = fine * (3 * 4 + 4 * 4 + 4 * 4) + strided * 4 * 8 + coarse * 2 * 8 * 8 + strided * 8 * 4
+    unet += fine * (8 * 4 + 4 * 4) + 4 * 8 * 4  # after the skip: two convolutions and the projected shortcut
+    heads = 4 * (4 * 5 + 12 * 64 + 64 * 2 + 5 * 64 + 64 * 5)
+    assert sum(counts) == unet + heads
+
+
+def test_comparison_scores_all_three_in_one_run(tiny_bundle: Path, samples: list[Sample], tmp_path: Path) -> None:
+    bundle = Bundle.load(tiny_bundle)
+    table = compare(bundle, samples * 2, "cpu")
+    for name, arguments in ((HR, {"refine": False, "scale": 1.0}), (LR, {"refine": False}), (REFINED, {})):
+        matrix, segmenter = ConfusionMatrix(bundle.classes), Segmenter(bundle, "cpu", **arguments)
+        for s in samples * 2:
+            assert s.label is not None
+            matrix.update(s.label, segmenter.segment([s.image])[0].mask)
+        assert table["rows"][name]["miou"] == matrix.miou()
+        assert table["rows"][name]["ms"] > 0
+    assert table["ratios"][LR]["macs"] == pytest.approx(0.25, rel=0.01)
+    assert table["ratios"][REFINED]["macs"] > table["ratios"][LR]["macs"]
+    text = markdown(table)
+    assert f"| {REFINED} | {100 * table['rows'][REFINED]['miou']:.2f} |" in text and "| bicyclist |" in text
+    save_json(table, tmp_path / "table.json")
+    assert json.loads((tmp_path / "table.json").read_text())["rows"][LR]["miou"] == table["rows"][LR]["miou"]
