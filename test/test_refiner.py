@@ -199,6 +199,8 @@ def test_unet_on_a_full_image_equals_dense_convolutions() -> None:
     features = refiner.unet(pyramid.levels[0].gather(image), pyramid)
     expected = dense_unet(refiner.unet, image)
     torch.testing.assert_close(pyramid.levels[0].scatter(features), expected, rtol=1e-9, atol=1e-9)
+    folded = refiner.unet.fold()(pyramid.levels[0].gather(image), pyramid)
+    torch.testing.assert_close(folded, features, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("stride", ["dilate", "floor"])

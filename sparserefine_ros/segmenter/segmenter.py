@@ -40,9 +40,14 @@ class Segmentation:
 
     mask: np.ndarray  # [H, W] uint8 class ids
     confidence: np.ndarray  # [H, W] uint8, 255 times the largest softmax probability of the final prediction
-    entropy: np.ndarray  # [H, W] float32, nats: entropy of the initial prediction, the selector's criterion
-    density: float  # selected pixels over all pixels
+    low_entropy: np.ndarray  # [h, w] float32, nats: entropy of the initial prediction
+    density: float  # refined pixels over all pixels
     stage_ms: dict[str, float]  # milliseconds by stage, for the whole batch the frame was part of
+
+    @property
+    def entropy(self) -> np.ndarray:
+        """[H, W] float32, nats: the selector's criterion at native size; upsampled when asked for, as few ask."""
+        return upsample_nearest(torch.from_numpy(self.low_entropy), self.mask.shape).numpy()
 
 
 class Segmenter:
@@ -90,7 +95,9 @@ class Segmenter:
         self.dense = self.dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.refiner: SparseRefiner | None = None
         if self.refines and bundle.refiner is not None:
-            self.refiner = self._load(REFINERS, bundle.refiner)
+            refiner: SparseRefiner = self._load(REFINERS, bundle.refiner)
+            refiner.unet.fold()
+            self.refiner = refiner
 
     def _load(self, table: Any, spec: NetworkSpec) -> Any:
         try:
@@ -141,21 +148,20 @@ class Segmenter:
         with clock("dense"), self._autocast():
             logits = self.dense(x)  # [B, K, h, w]
         with clock("select"):
-            initial = initial_prediction(logits.float())
+            initial = initial_prediction(logits)
             if not torch.isfinite(initial.entropy).all():
                 raise FrameError(
                     f"the dense segmenter of bundle {self.bundle.name!r} gave logits that are not finite; "
                     f"check its weights, or try precision fp32 (now {self.precision})"
                 )
-            mask, confidence, uncertainty = (
-                upsample_nearest(t, size) for t in (initial.mask, initial.confidence, initial.entropy)
-            )
+            mask, confidence = upsample_nearest(initial.mask, size), upsample_nearest(initial.confidence, size)
             selected = upsample_nearest(initial.entropy > self._threshold, size)  # bool [B, H, W]
-            densities = selected.flatten(1).float().mean(1).tolist()
+        densities = [0.0] * len(images)
         if refine and self.refiner is not None:
-            mask, confidence = self._refine(images, initial.logits, selected, mask, confidence, clock)
+            densities = selected.flatten(1).float().mean(1).tolist()
+            self._refine(images, logits, selected, mask, confidence, clock)
         return [
-            Segmentation(_array(mask[b]), _array(confidence[b]), _array(uncertainty[b]), densities[b], clock.ms)
+            Segmentation(_array(mask[b]), _array(confidence[b]), _array(initial.entropy[b]), densities[b], clock.ms)
             for b in range(len(images))
         ]
 
@@ -167,28 +173,29 @@ class Segmenter:
         mask: Tensor,
         confidence: Tensor,
         clock: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """``mask`` and ``confidence`` [B, H, W] with the selected pixels' final prediction written into them."""
+    ) -> None:
+        """Writes the final prediction of the selected pixels into ``mask`` and ``confidence`` [B, H, W]."""
         assert self.refiner is not None
         with clock("refine"), self._autocast():
             pyramid = self.refiner.pyramid(selected)
             sites = pyramid.levels[0]
             if len(sites) == 0:
-                return mask, confidence
+                return
             native = torch.from_numpy(np.stack(images)).to(self.device)  # [B, H, W, 3]
             pixels = normalise_pixels(native.view(-1, 3)[sites.flat])  # [N, 3]
             refined = self.refiner.refine(pixels, pyramid)  # [N, K]
         with clock("merge"):
-            final = self.refiner.ensembler(gather_initial(logits, sites.sites, selected.shape[1:]), refined.float())
-            top = final.softmax(1).max(1)
-            if not torch.isfinite(top.values).all():
-                raise FrameError(
-                    f"the refiner of bundle {self.bundle.name!r} gave logits that are not finite; "
-                    f"check its weights, or try precision fp32 (now {self.precision})"
-                )
-            mask.view(-1)[sites.flat] = top.indices.to(torch.uint8)
-            confidence.view(-1)[sites.flat] = (top.values * 255).round().to(torch.uint8)
-        return mask, confidence
+            for part in _chunks(len(sites), self.device):
+                initial = gather_initial(logits, sites.sites[part], selected.shape[1:])
+                final = self.refiner.ensembler(initial.float(), refined[part].float())
+                top = final.softmax(1).max(1)
+                if not torch.isfinite(top.values).all():
+                    raise FrameError(
+                        f"the refiner of bundle {self.bundle.name!r} gave logits that are not finite; "
+                        f"check its weights, or try precision fp32 (now {self.precision})"
+                    )
+                mask.view(-1)[sites.flat[part]] = top.indices.to(torch.uint8)
+                confidence.view(-1)[sites.flat[part]] = (top.values * 255).round().to(torch.uint8)
 
     def _autocast(self) -> Any:
         dtype = PRECISIONS[self.precision]
@@ -199,19 +206,24 @@ class Segmenter:
 class Initial:
     """The dense segmenter's prediction at low resolution."""
 
-    logits: Tensor  # [B, K, h, w] float32
     entropy: Tensor  # [B, h, w] nats
     mask: Tensor  # [B, h, w] uint8
     confidence: Tensor  # [B, h, w] uint8
 
 
 def initial_prediction(logits: Tensor) -> Initial:
-    """Entropy, class and confidence of ``logits`` [B, K, h, w], from one softmax."""
-    probabilities = logits.softmax(1)
-    top = probabilities.max(1)
-    return Initial(
-        logits, entropy(probabilities, 1), top.indices.to(torch.uint8), (top.values * 255).round().to(torch.uint8)
-    )
+    """Entropy, class and confidence of ``logits`` [B, K, h, w], from one softmax that stays in cache."""
+    size = (len(logits), *logits.shape[2:])
+    rows = logits.permute(0, 2, 3, 1).reshape(-1, logits.shape[1])  # [B h w, K]; a view of channels-last logits
+    uncertainty = torch.empty(len(rows), device=logits.device)
+    mask, confidence = (torch.empty(len(rows), dtype=torch.uint8, device=logits.device) for _ in range(2))
+    for part in _chunks(len(rows), logits.device):
+        probabilities = rows[part].float().softmax(1)
+        uncertainty[part] = entropy(probabilities)
+        top = probabilities.max(1)
+        mask[part] = top.indices.to(torch.uint8)
+        confidence[part] = (top.values * 255).round().to(torch.uint8)
+    return Initial(uncertainty.view(size), mask.view(size), confidence.view(size))
 
 
 def gather_initial(logits: Tensor, sites: Tensor, size: Sequence[int]) -> Tensor:
@@ -245,6 +257,13 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
                 if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                     parent[i], parent[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
     return module
+
+
+def _chunks(rows: int, device: torch.device) -> Iterator[slice]:
+    """Slices of ``rows`` that a CPU core can hold in its cache; one slice on other devices."""
+    step = 8192 if device.type == "cpu" else max(rows, 1)
+    for start in range(0, rows, step):
+        yield slice(start, start + step)
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -28,15 +28,15 @@ GPU_CHUNK_ELEMENTS = 1 << 26
 MIN_CHUNK_ROWS = 512
 
 
-def sparse_conv(x: Tensor, weight: Tensor, kernel_map: KernelMap) -> Tensor:
-    """out[o] = sum over the map's pairs (i, o, k) of x[i] @ weight[k].
+def sparse_conv(x: Tensor, weight: Tensor, kernel_map: KernelMap, bias: Tensor | None = None) -> Tensor:
+    """out[o] = bias + sum over the map's pairs (i, o, k) of x[i] @ weight[k].
 
-    x: [Ni, Cin] floating; weight: [9, Cin, Cout] of the same dtype, tap k = kh + 3 * kw; returns [No, Cout].
-    Differentiable once in x and weight.  Under torch.autocast both are cast to its dtype.  Weight gradients
-    are summed over chunks in at least fp32.
+    x: [Ni, Cin] floating; weight: [9, Cin, Cout] of the same dtype, tap k = kh + 3 * kw; bias: [Cout] or None;
+    returns [No, Cout].  Differentiable once in x, weight and bias.  Under torch.autocast all are cast to its dtype.
+    Weight gradients are summed over chunks in at least fp32.
     Raises ValueError where shapes, dtypes or devices do not fit.
     """
-    _check(x, weight, kernel_map)
+    _check(x, weight, kernel_map, bias)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
@@ -44,17 +44,17 @@ def sparse_conv(x: Tensor, weight: Tensor, kernel_map: KernelMap) -> Tensor:
         raise ValueError(f"features have dtype {x.dtype} and the weight {weight.dtype}: convert one of them")
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         out: Tensor = _SparseConv.apply(x, weight, kernel_map)  # type: ignore[no-untyped-call]
-        return out
-    return _gather_gemm(x, weight, kernel_map.forward, kernel_map.n_out)
+        return out if bias is None else out + bias.to(out.dtype)
+    return _gather_gemm(x, weight, kernel_map.forward, kernel_map.n_out, bias)
 
 
-def sparse_conv_transposed(x: Tensor, weight: Tensor, kernel_map: KernelMap) -> Tensor:
+def sparse_conv_transposed(x: Tensor, weight: Tensor, kernel_map: KernelMap, bias: Tensor | None = None) -> Tensor:
     """Transposed convolution: out[i] = sum over the map's pairs (i, o, k) of x[o] @ weight[k].
 
     kernel_map: the *strided* map, from fine to coarse; no tap is flipped.
     x: [No, Cin], weight: [9, Cin, Cout]; returns [Ni, Cout].  Otherwise as `sparse_conv`.
     """
-    return sparse_conv(x, weight, kernel_map.transposed)
+    return sparse_conv(x, weight, kernel_map.transposed, bias)
 
 
 class _SparseConv(torch.autograd.Function):
@@ -78,18 +78,21 @@ class _SparseConv(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-def _gather_gemm(x: Tensor, weight: Tensor, groups: tuple[TapGroup, ...], n_out: int) -> Tensor:
-    """Forward product of all groups, [n_out, Cout]."""
-    cin, cout = weight.shape[1:]
+def _gather_gemm(
+    x: Tensor, weight: Tensor, groups: tuple[TapGroup, ...], n_out: int, bias: Tensor | None = None
+) -> Tensor:
+    """Forward product of all groups, [n_out, Cout], plus the bias."""
+    cout = weight.shape[2]
+    bias = x.new_zeros(cout) if bias is None else bias.to(x.dtype)
     source = _with_zero_row(x)
     out = x.new_empty(n_out, cout)
     for group in groups:
         kernel = _taps(weight, group.taps)
         for start, stop, gathered in _chunks(source, group.table):
             if group.rows is None:
-                torch.mm(gathered, kernel, out=out[start:stop])
+                torch.addmm(bias, gathered, kernel, out=out[start:stop])
             else:
-                out.index_copy_(0, group.rows[start:stop], torch.mm(gathered, kernel))
+                out.index_copy_(0, group.rows[start:stop], torch.addmm(bias, gathered, kernel))
     return out
 
 
@@ -138,7 +141,7 @@ def _taps(weight: Tensor, taps: tuple[int, ...]) -> Tensor:
     return weight.reshape(-1, weight.shape[2])
 
 
-def _check(x: Tensor, weight: Tensor, kernel_map: KernelMap) -> None:
+def _check(x: Tensor, weight: Tensor, kernel_map: KernelMap, bias: Tensor | None) -> None:
     if weight.dim() != 3 or weight.shape[0] != TAPS:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: give [{TAPS}, Cin, Cout], tap k = kh + 3 * kw")
     if x.dim() != 2 or x.shape[0] != kernel_map.n_in:
@@ -150,6 +153,8 @@ def _check(x: Tensor, weight: Tensor, kernel_map: KernelMap) -> None:
         raise ValueError(f"features have {x.shape[1]} channels, but the weight takes {weight.shape[1]}")
     if not x.dtype.is_floating_point:
         raise ValueError(f"features have dtype {x.dtype}: convert them to a floating dtype, as the weight's")
+    if bias is not None and bias.shape != weight.shape[2:]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, but the weight gives {weight.shape[2]} channels")
     devices = (x.device, weight.device, kernel_map.forward[0].table.device)
     if len(set(devices)) != 1:
         raise ValueError(f"features, weight and kernel map are on {devices}: move them to one device")

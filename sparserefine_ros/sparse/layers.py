@@ -38,16 +38,13 @@ class _SparseConv2d(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.cin}, {self.cout}, bias={self.bias is not None}"
 
-    def _add_bias(self, y: Tensor) -> Tensor:
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
 
 class SubmanifoldConv2d(_SparseConv2d):
     """3x3 convolution whose output sites are its input sites: [N, Cin] -> [N, Cout]."""
 
     def forward(self, x: Tensor, kernel_map: KernelMap) -> Tensor:
         """kernel_map: `Pyramid.submanifold[level]`.  Raises ValueError as `sparse_conv`."""
-        return self._add_bias(sparse_conv(x, self.weight, kernel_map))
+        return sparse_conv(x, self.weight, kernel_map, self.bias)
 
 
 class StridedConv2d(_SparseConv2d):
@@ -55,7 +52,7 @@ class StridedConv2d(_SparseConv2d):
 
     def forward(self, x: Tensor, kernel_map: KernelMap) -> Tensor:
         """kernel_map: `Pyramid.strided[l]`.  Raises ValueError as `sparse_conv`."""
-        return self._add_bias(sparse_conv(x, self.weight, kernel_map))
+        return sparse_conv(x, self.weight, kernel_map, self.bias)
 
 
 class TransposedConv2d(_SparseConv2d):
@@ -63,4 +60,4 @@ class TransposedConv2d(_SparseConv2d):
 
     def forward(self, x: Tensor, kernel_map: KernelMap) -> Tensor:
         """kernel_map: `Pyramid.strided[l]`, the map that led down.  Raises ValueError as `sparse_conv`."""
-        return self._add_bias(sparse_conv_transposed(x, self.weight, kernel_map))
+        return sparse_conv_transposed(x, self.weight, kernel_map, self.bias)

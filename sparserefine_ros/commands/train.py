@@ -1,0 +1,36 @@
+"""`sparserefine train`: a recipe to a bundle."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "train the networks of a bundle from a recipe: dense segmenter, threshold, refiner"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, help="a file like config/train/camvid.yaml")
+    parser.add_argument("--data", type=Path, help="folder of the data set, where the recipe needs one")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints and logs (default: runs)")
+    parser.add_argument("--models", type=Path, default=Path("models"), help="where the bundle goes (default: models)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
+    parser.add_argument("--threads", type=int, help="CPU threads for torch (default: all cores)")
+
+
+def run(args: argparse.Namespace) -> int:
+    import cv2
+    import torch
+
+    from sparserefine_ros.segmenter.segmenter import pick_device
+    from sparserefine_ros.training.bundle import train_bundle
+    from sparserefine_ros.training.recipe import Recipe
+
+    cv2.setNumThreads(1)  # batches are drawn in a pool of threads already
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    recipe = Recipe.load(args.recipe)
+    bundle = train_bundle(
+        recipe, args.data, args.runs / recipe.name, args.models / recipe.name, pick_device(args.device)
+    )
+    print(f"wrote {bundle.path}; its accuracy and cost: sparserefine bench bundle {bundle.path}")
+    return 0

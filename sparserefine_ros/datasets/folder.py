@@ -1,0 +1,74 @@
+"""Anybody's frames: a folder of pictures, with or without labels.
+
+    ROOT/classes.yaml          name: NAME, names: [road, ...], palette: [[128, 64, 128], ...]
+    ROOT/[SPLIT/]image/*       JPEG or PNG
+    ROOT/[SPLIT/]label/*.png   one channel of class ids, 255 = unlabelled; may be absent
+"""  # fmt: skip
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import yaml
+
+from sparserefine_ros.datasets.base import UNLABELLED, Sample
+from sparserefine_ros.datasets.classes import ClassList
+from sparserefine_ros.errors import DatasetError
+
+PICTURES = (".jpg", ".jpeg", ".png")
+
+
+class Folder:
+    """The pictures of a folder in the order of their names.
+
+    Raises DatasetError for a missing folder or classes file, an undecodable picture, a label of another size or with an
+    id that is no class.
+    """
+
+    def __init__(self, root: str | Path, split: str = "", fps: float = 10.0) -> None:
+        root = Path(root)
+        folder = root / split if (root / split / "image").is_dir() else root
+        found = (folder / "image").iterdir() if (folder / "image").is_dir() else ()
+        self.images = sorted(path for path in found if path.suffix.lower() in PICTURES)
+        if not self.images:
+            raise DatasetError(f"no {', '.join(PICTURES)} files in {folder / 'image'}; put the frames there")
+        self.classes = _read_classes(root / "classes.yaml")
+        self.fps = fps
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        file = self.images[index]
+        image = cv2.imread(str(file), cv2.IMREAD_COLOR)
+        if image is None:
+            raise DatasetError(f"cannot decode {file}; give JPEG or PNG files")
+        label = self._label(file, image.shape[:2])
+        return Sample(np.ascontiguousarray(image[..., ::-1]), label, file.stem, round(index * 1e9 / self.fps))
+
+    def _label(self, image: Path, size: tuple[int, int]) -> np.ndarray | None:
+        file = image.parents[1] / "label" / f"{image.stem}.png"
+        if not file.is_file():
+            return None
+        label = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
+        if label is None or label.shape != size or label.dtype != np.uint8:
+            what = "cannot be decoded" if label is None else f"is {label.dtype} of shape {label.shape}"
+            raise DatasetError(f"{file} {what}; expected uint8 class ids of shape {size}, as its frame")
+        known = label[label != UNLABELLED]
+        if known.size and known.max() >= len(self.classes):
+            raise DatasetError(
+                f"{file} holds id {known.max()}, but classes.yaml lists {len(self.classes)} classes; "
+                f"give ids below that, or {UNLABELLED} for unlabelled pixels"
+            )
+        return label
+
+
+def _read_classes(file: Path) -> ClassList:
+    try:
+        data = yaml.safe_load(file.read_text())
+        palette = tuple((int(r), int(g), int(b)) for r, g, b in data["palette"])
+        return ClassList(str(data["name"]), tuple(str(n) for n in data["names"]), palette)
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise DatasetError(f"cannot use {file}: {error!r}; it must give name, names and palette") from error

@@ -1,0 +1,54 @@
+"""The frames of a split, held in memory, from the data set description that recipes and bundles carry.
+
+dataset: {kind: camvid}                        with the folder of CamVid given on the command line
+dataset: {kind: street, train_drives: 40, val_drives: 8, frames: 5, size: [1024, 2048]}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+
+from sparserefine_ros.datasets.base import FrameSource, Sample
+from sparserefine_ros.datasets.classes import CAMVID, CITYSCAPES, ClassList
+from sparserefine_ros.errors import DatasetError
+
+STREET_VAL_SEED = 1000
+"""Drives from this seed on are never trained on."""
+
+Split = tuple[ClassList, list[Sample]]
+
+
+def load_split(dataset: Mapping[str, Any], split: str, root: Path | None) -> Split:
+    """Classes and samples of ``split`` ("train" or "val"); DatasetError for an unknown kind or a missing root."""
+    kind = dataset.get("kind")
+    readers: dict[Any, Callable[[Mapping[str, Any], str, Path | None], Split]] = {"camvid": _camvid, "street": _street}
+    if kind not in readers:
+        raise DatasetError(f"dataset kind {kind!r} is unknown; known are {', '.join(readers)}")
+    return readers[kind](dataset, split, root)
+
+
+def _camvid(dataset: Mapping[str, Any], split: str, root: Path | None) -> Split:
+    from sparserefine_ros.datasets.camvid import CamVid
+
+    if root is None:
+        raise DatasetError("this recipe needs CamVid: give the folder that holds train/ and val/ with --data")
+    return CAMVID, _read([CamVid(root, split)], f"reading CamVid {split}")
+
+
+def _street(dataset: Mapping[str, Any], split: str, root: Path | None) -> Split:
+    from sparserefine_ros.datasets.street import Street
+
+    first, drives = (0, dataset["train_drives"]) if split == "train" else (STREET_VAL_SEED, dataset["val_drives"])
+    height, width = dataset.get("size", (1024, 2048))
+    # One frame every two seconds: neighbours in time teach little that is new.
+    sources = [Street(dataset["frames"], seed, (height, width), fps=0.5) for seed in range(first, first + drives)]
+    return CITYSCAPES, _read(sources, f"rendering street {split}")
+
+
+def _read(sources: Sequence[FrameSource], title: str) -> list[Sample]:
+    places = [(source, i) for source in sources for i in range(len(source))]
+    return [source[i] for source, i in track(places, description=title)]

@@ -1,0 +1,79 @@
+"""From a recipe to a bundle: dense segmenter, entropy threshold, HR baseline, refiner."""
+
+from __future__ import annotations
+
+import copy
+import platform
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from sparserefine_ros import __version__
+from sparserefine_ros.datasets.splits import load_split
+from sparserefine_ros.evaluation.calibration import calibrate_bundle
+from sparserefine_ros.networks.registry import DENSE, REFINERS, build
+from sparserefine_ros.segmenter.bundle import Bundle, save_network
+from sparserefine_ros.segmenter.segmenter import Segmenter
+from sparserefine_ros.training.curves import draw_curves
+from sparserefine_ros.training.dense import DenseTask
+from sparserefine_ros.training.loop import train
+from sparserefine_ros.training.recipe import Recipe, StageRecipe
+from sparserefine_ros.training.refiner import RefinerTask
+
+
+def train_bundle(recipe: Recipe, data: Path | None, runs: Path, folder: Path, device: torch.device) -> Bundle:
+    """Trains what ``recipe`` describes and writes the bundle into ``folder``.
+
+    ``runs`` keeps checkpoints, logs and curves; a second call goes on from there. As in the paper the dense segmenter
+    is trained first and stays frozen; its density-recall curve gives the threshold that the refiner is trained at.
+    """
+    classes, train_frames = load_split(recipe.dataset, "train", data)
+    _, val_frames = load_split(recipe.dataset, "val", data)
+    height, width = train_frames[0].image.shape[:2]
+
+    torch.manual_seed(recipe.seed)
+    dense = build(DENSE, recipe.dense.network, len(classes), recipe.dense.args)
+    dense_task = DenseTask(dense, classes, train_frames, val_frames, recipe.dense, recipe.scale, device)
+    dense = train(dense_task, recipe.dense, runs, "dense", recipe.seed, device)
+    bundle = Bundle(
+        path=folder, name=recipe.name, classes=classes, scale=recipe.scale, native_size=(height, width),
+        dense=save_network(folder, dense, recipe.dense.network, recipe.dense.args, "dense.safetensors"),
+        provenance={
+            "version": __version__, "torch": str(torch.__version__), "device": _device_name(device),
+            "seed": recipe.seed, "dataset": recipe.dataset,
+            "frames": {"train": len(train_frames), "val": len(val_frames)},
+            "dense": _summary(recipe.dense),
+        },
+    )  # fmt: skip
+    bundle.save()
+    bundle = calibrate_bundle(Segmenter(bundle, str(device)), val_frames, recipe.recall)
+    if recipe.native:
+        native = copy.deepcopy(dense)
+        native_task = DenseTask(native, classes, train_frames, val_frames, recipe.native, 1.0, device)
+        native = train(native_task, recipe.native, runs, "native", recipe.seed, device)
+        spec = save_network(folder, native, recipe.native.network, recipe.native.args, "native.safetensors")
+        bundle = replace(bundle, native=spec, provenance={**bundle.provenance, "native": _summary(recipe.native)})
+        bundle.save()
+
+    torch.manual_seed(recipe.seed)
+    refiner = build(REFINERS, recipe.refiner.network, len(classes), recipe.refiner.args)
+    task = RefinerTask(
+        refiner, Segmenter(bundle, str(device)).dense, classes, train_frames, val_frames, recipe.refiner, recipe.scale,
+        bundle.entropy_threshold, device,
+    )  # fmt: skip
+    refiner = train(task, recipe.refiner, runs, "refiner", recipe.seed, device)
+    spec = save_network(folder, refiner, recipe.refiner.network, recipe.refiner.args, "refiner.safetensors")
+    bundle = replace(bundle, refiner=spec, provenance={**bundle.provenance, "refiner": _summary(recipe.refiner)})
+    bundle.save()
+    for name in ("dense", "native", "refiner")[:: 1 if recipe.native else 2]:
+        draw_curves(runs / f"{name}.jsonl", folder / f"{name}_training.png")
+    return bundle
+
+
+def _summary(stage: StageRecipe) -> dict[str, object]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(stage).items()}
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"

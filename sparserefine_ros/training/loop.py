@@ -1,0 +1,172 @@
+"""The training loop that both networks of a bundle share: AdamW, cosine schedule, averaged weights, exact resume.
+
+Every batch is drawn from (seed, step) alone, so a run that was cut off goes on with the very batches it would have
+seen, on this machine or another: one checkpoint file holds weights, averaged weights, optimiser, step and history.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from sparserefine_ros.errors import TrainingError
+from sparserefine_ros.training.recipe import StageRecipe
+
+Batch = tuple[Tensor, ...]
+SAVE_EVERY = 60.0  # seconds between checkpoints
+
+
+class Task(Protocol):
+    """What is trained: a module, where its batches come from, its loss and its figures of merit."""
+
+    module: nn.Module
+    samples: int  # frames an epoch
+
+    def batch(self, rng: np.random.Generator) -> Batch: ...
+
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor: ...
+
+    def validate(self, module: nn.Module) -> dict[str, float]: ...
+
+
+def train(task: Task, recipe: StageRecipe, folder: Path, name: str, seed: int, device: torch.device) -> nn.Module:
+    """Trains ``task.module`` and returns its averaged copy.
+
+    Writes ``folder/NAME.ckpt`` (resumed from when it is there) and ``folder/NAME.jsonl``, one line a log entry.
+    Raises TrainingError when the checkpoint belongs to another recipe or the loss is no longer finite.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    module = task.module.to(device)
+    average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
+    optimizer = torch.optim.AdamW(_groups(module, recipe.weight_decay), lr=recipe.lr)
+    steps_epoch = max(task.samples // recipe.batch, 1)
+    total = steps_epoch * recipe.epochs
+    state = _State(folder / f"{name}.ckpt", module, average, optimizer, recipe)
+    step = state.resume(device)
+
+    def draw(at: int) -> Batch:
+        return task.batch(np.random.default_rng((seed, at)))
+
+    bar = Progress(
+        TextColumn(f"[bold]{name}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with bar, ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        row = bar.add_task(name, total=total, completed=step, note="")
+        ahead = [pool.submit(draw, at) for at in range(step, min(step + 8, total))]
+        running, saved = state.running(), time.monotonic()
+        module.train()
+        while step < total:
+            batch = tuple(t.to(device, non_blocking=True) for t in ahead.pop(0).result())
+            if step + 8 < total:
+                ahead.append(pool.submit(draw, step + 8))
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr * cosine(step, total, recipe.warmup)
+            with mixed_precision(device):
+                loss = task.loss(module, batch)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise TrainingError(f"{name}: the loss is {value} at step {step}; lower lr (now {recipe.lr})")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 5.0)
+            optimizer.step()
+            average.update_parameters(module)
+            step += 1
+            running = value if running is None else 0.98 * running + 0.02 * value
+            bar.update(row, completed=step, note=f"loss {running:.3f}")
+            epoch = step // steps_epoch
+            if step % steps_epoch == 0:
+                entry: dict[str, Any] = {"epoch": epoch, "step": step, "loss": round(running, 4)}
+                if epoch % recipe.validate_every == 0 or step == total:
+                    average.eval()
+                    entry.update({k: round(v, 4) for k, v in task.validate(average.module).items()})
+                state.history.append(entry)
+                bar.print(json.dumps(entry))
+            if step == total or time.monotonic() - saved > SAVE_EVERY:
+                state.save(step)
+                saved = time.monotonic()
+    log = "".join(json.dumps(entry) + "\n" for entry in state.history)
+    (folder / f"{name}.jsonl").write_text(log)
+    result: nn.Module = average.module.eval()
+    return result
+
+
+def cosine(step: int, total: int, warmup: float) -> float:
+    """The factor on the learning rate: linear rise over the first ``warmup`` share, then half a cosine to zero."""
+    rise = max(1, round(total * warmup))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+
+
+def mixed_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """bfloat16 autocast where the hardware gains by it: CUDA, and CPUs with AVX-512 BF16."""
+    if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def _groups(module: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """Weight decay for weights, none for biases and normalisation."""
+    plain = [p for p in module.parameters() if p.ndim < 2]
+    return [
+        {"params": [p for p in module.parameters() if p.ndim >= 2], "weight_decay": decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+
+
+class _State:
+    """One checkpoint file."""
+
+    def __init__(
+        self,
+        path: Path,
+        module: nn.Module,
+        average: AveragedModel,
+        optimizer: torch.optim.Optimizer,
+        recipe: StageRecipe,
+    ) -> None:
+        self.path, self.module, self.average, self.optimizer = path, module, average, optimizer
+        self.recipe = repr(recipe)
+        self.history: list[dict[str, Any]] = []
+
+    def running(self) -> float | None:
+        """The smoothed loss to go on from."""
+        return float(self.history[-1]["loss"]) if self.history else None
+
+    def save(self, step: int) -> None:
+        data = {
+            "recipe": self.recipe, "step": step, "history": self.history, "module": self.module.state_dict(),
+            "average": self.average.state_dict(), "optimizer": self.optimizer.state_dict(),
+        }  # fmt: skip
+        partial = self.path.with_suffix(".partial")
+        torch.save(data, partial)
+        partial.replace(self.path)  # a cut while writing leaves the previous checkpoint
+
+    def resume(self, device: torch.device) -> int:
+        if not self.path.exists():
+            return 0
+        data = torch.load(self.path, map_location=device, weights_only=True)
+        if data["recipe"] != self.recipe:
+            raise TrainingError(
+                f"{self.path} was written by another recipe; remove it to start anew, or restore the recipe:\n"
+                f"  there: {data['recipe']}\n  here:  {self.recipe}"
+            )
+        self.module.load_state_dict(data["module"])
+        self.average.load_state_dict(data["average"])
+        self.optimizer.load_state_dict(data["optimizer"])
+        self.history = data["history"]
+        return int(data["step"])

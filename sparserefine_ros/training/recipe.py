@@ -1,0 +1,77 @@
+"""A training recipe: everything a run needs to be repeated, read from one YAML file (``config/train/*.yaml``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparserefine_ros.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class StageRecipe:
+    """How one network of the bundle is trained."""
+
+    network: str  # a name of networks.registry
+    args: dict[str, Any] = field(default_factory=dict)  # its keyword arguments
+    epochs: int = 100
+    batch: int = 8
+    crop: tuple[int, int] = (180, 240)  # height, width of a training crop: network input (dense), native (refiner)
+    scale: tuple[float, float] = (0.5, 1.0)  # the image is resized by a factor from this range (log-uniform) first
+    lr: float = 1e-3  # peak of the cosine schedule
+    weight_decay: float = 1e-2
+    warmup: float = 0.03  # share of the steps in which the learning rate rises
+    ema: float = 0.998  # decay of the averaged weights, which are the ones that ship
+    class_weight_power: float = 0.5  # 0: plain cross-entropy, 1: median-frequency weights
+    validate_every: int = 10  # epochs
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One bundle: its data, its dense segmenter and its refiner."""
+
+    name: str
+    dataset: dict[str, Any]  # kind: camvid | street, and that reader's arguments
+    scale: float  # low resolution over native resolution
+    dense: StageRecipe
+    refiner: StageRecipe
+    native: StageRecipe | None = None  # the dense network tuned further at native resolution: the HR baseline
+    recall: float = 0.8  # the share of wrong pixels that the entropy threshold is calibrated for (appendix A1)
+    seed: int = 0
+
+    @staticmethod
+    def load(path: str | Path) -> Recipe:
+        """Raises TrainingError for a missing file, an unknown key or a missing one."""
+        try:
+            data = yaml.safe_load(Path(path).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise TrainingError(f"cannot read recipe {path}: {error}") from error
+        if not isinstance(data, dict):
+            raise TrainingError(f"recipe {path} holds {type(data).__name__}; expected a mapping, see config/train")
+        stages = {key: _stage(path, key, data.get(key)) for key in ("dense", "refiner")}
+        if "native" in data:
+            stages["native"] = _stage(path, "native", data["native"])
+        return _fill(Recipe, path, {**data, **stages})
+
+
+def _stage(path: str | Path, key: str, data: Any) -> StageRecipe:
+    if not isinstance(data, dict):
+        raise TrainingError(f"recipe {path} has no section {key!r}; see config/train for an example")
+    for pair in ("crop", "scale"):
+        if pair in data:
+            data[pair] = tuple(data[pair])
+    return _fill(StageRecipe, f"{path}: {key}", data)
+
+
+def _fill(cls: Any, where: object, data: dict[str, Any]) -> Any:
+    known = [f.name for f in fields(cls)]
+    unknown = sorted(set(data) - set(known))
+    if unknown:
+        raise TrainingError(f"recipe {where} has unknown key {unknown[0]!r}; known are {', '.join(known)}")
+    try:
+        return cls(**data)
+    except TypeError as error:
+        raise TrainingError(f"recipe {where}: {error}") from error

@@ -1,0 +1,210 @@
+"""Training learns, resumes exactly, and its parts do what they say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from sparserefine_ros.datasets.base import UNLABELLED, Sample
+from sparserefine_ros.datasets.camvid import CamVid
+from sparserefine_ros.datasets.classes import CAMVID
+from sparserefine_ros.datasets.splits import load_split
+from sparserefine_ros.errors import DatasetError, TrainingError
+from sparserefine_ros.networks.compact import CompactSegmenter
+from sparserefine_ros.segmenter.bundle import Bundle
+from sparserefine_ros.training import bundle as bundle_module
+from sparserefine_ros.training.augment import jitter, random_view
+from sparserefine_ros.training.dense import DenseTask, class_weights
+from sparserefine_ros.training.loop import cosine, train
+from sparserefine_ros.training.recipe import Recipe, StageRecipe
+
+CPU = torch.device("cpu")
+RECIPES = sorted((Path(__file__).parents[1] / "config" / "train").glob("*.yaml"))
+TINY = StageRecipe("compact", {"widths": [8, 8, 8, 8], "depths": [1, 1, 1]}, epochs=2, batch=2, crop=(32, 48))
+
+
+def scene(seed: int) -> Sample:
+    """Sky over road with one bright box: colours tell the classes."""
+    rng = np.random.default_rng(seed)
+    label = np.zeros((48, 64), np.uint8)
+    label[24:] = 3
+    top, left = rng.integers(8, 30), rng.integers(4, 50)
+    label[top : top + 10, left : left + 8] = 8
+    colours = np.zeros((256, 3))
+    colours[[0, 3, 8]] = (120, 160, 220), (90, 90, 90), (220, 40, 40)
+    image = (colours[label] + rng.normal(0, 8, (*label.shape, 3))).clip(0, 255).astype(np.uint8)
+    label[0] = UNLABELLED
+    return Sample(image, label, str(seed), seed)
+
+
+SCENES = [scene(i) for i in range(8)]
+
+
+def task(recipe: StageRecipe) -> DenseTask:
+    torch.manual_seed(0)
+    return DenseTask(CompactSegmenter(11, **recipe.args), CAMVID, SCENES, SCENES[:2], recipe, 0.5, CPU)
+
+
+def test_resumed_training_equals_uninterrupted_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(task(TINY), TINY, tmp_path / "whole", "dense", 0, CPU)
+
+    class CutError(Exception):
+        pass
+
+    interrupted = task(TINY)
+    monkeypatch.setattr("sparserefine_ros.training.loop.SAVE_EVERY", 0.0)
+    original, calls = interrupted.loss, []
+
+    def loss(module: torch.nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 6:
+            raise CutError
+        return original(module, batch)
+
+    monkeypatch.setattr(interrupted, "loss", loss)
+    with pytest.raises(CutError):
+        train(interrupted, TINY, tmp_path / "cut", "dense", 0, CPU)
+    resumed_task = task(TINY)
+    resumed = train(resumed_task, TINY, tmp_path / "cut", "dense", 0, CPU)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    logs = [
+        [json.loads(line) for line in (tmp_path / d / "dense.jsonl").read_text().splitlines()] for d in ("whole", "cut")
+    ]
+    assert [e["step"] for e in logs[0]] == [e["step"] for e in logs[1]] == [4, 8]
+    with pytest.raises(TrainingError, match="another recipe.*remove it"):
+        train(task(TINY), replace(TINY, lr=0.5), tmp_path / "cut", "dense", 0, CPU)
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_remedy(tmp_path: Path) -> None:
+    broken = task(TINY)
+    with torch.no_grad():
+        broken.module.classifier.weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="the loss is nan at step 0; lower lr"):
+        train(broken, TINY, tmp_path, "dense", 0, CPU)
+
+
+def test_a_whole_bundle_learns_the_scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense, calibration, HR baseline and refiner in one run: the refined mask beats the low-resolution one."""
+    monkeypatch.setattr(bundle_module, "load_split", lambda *_: (CAMVID, SCENES))
+    dense = replace(TINY, epochs=40, scale=(0.5, 1.0), lr=1e-2, ema=0.9, crop=(24, 32), validate_every=40)
+    recipe = Recipe(
+        "scene", {"kind": "camvid"}, 0.25, dense, native=replace(dense, epochs=2, crop=(48, 64), scale=(1.0, 1.0)),
+        refiner=replace(
+            dense, network="sparserefine", args={"channels": [8, 16], "stride": "floor", "blocks": 1},
+            epochs=25, scale=(1.0, 1.0), crop=(48, 64),
+        ),
+        recall=0.9,
+    )  # fmt: skip
+    bundle = bundle_module.train_bundle(recipe, None, tmp_path / "runs", tmp_path / "model", CPU)
+    assert Bundle.load(tmp_path / "model") == bundle
+    last = json.loads((tmp_path / "runs" / "refiner.jsonl").read_text().splitlines()[-1])
+    assert last["miou"] > last["miou_lr"] + 0.02
+    assert last["miou"] > 0.8
+    assert 0 < last["density"] < 0.6
+    assert bundle.calibration["recall"] >= 0.9
+    for name in ("dense_training.png", "native_training.png", "refiner_training.png", "density_recall.png"):
+        assert (tmp_path / "model" / name).stat().st_size > 5_000
+
+
+def test_cosine_schedule() -> None:
+    assert cosine(0, 100, 0.1) == pytest.approx(0.1)
+    assert cosine(9, 100, 0.1) == pytest.approx(1.0)
+    assert cosine(55, 100, 0.1) == pytest.approx(0.5)
+    assert cosine(99, 100, 0.1) < 0.001
+
+
+def test_class_weights_are_median_over_frequency() -> None:
+    label = np.array([[0] * 6 + [1] * 3 + [2] * 1], np.uint8)
+    sample = Sample(np.zeros((1, 10, 3), np.uint8), label, "", 0)
+    assert class_weights([sample], 4, 1.0).tolist() == pytest.approx([0.5, 1.0, 3.0, 1.0])
+    assert class_weights([sample], 4, 0.0).tolist() == [1.0] * 4
+
+
+def test_views_keep_image_and_label_together() -> None:
+    rng = np.random.default_rng(0)
+    sample = SCENES[0]
+    assert sample.label is not None
+    image = np.repeat(40 + 20 * sample.label[..., None], 3, 2).astype(np.uint8)  # shows the label, so both move alike
+    for scale in ((0.5, 0.6), (1.0, 1.0), (1.5, 2.0), (0.2, 0.3)):
+        view, label = random_view(image, sample.label, (40, 56), scale, rng)
+        assert view.shape == (40, 56, 3) and label.shape == (40, 56)
+        assert set(np.unique(label)) <= {0, 3, 8, UNLABELLED}
+        road, sky = view[label == 3].mean(), view[label == 0].mean()
+        assert road > sky  # light changes, order stays
+    padded = random_view(image, sample.label, (400, 400), (1.0, 1.0), rng)[1]
+    assert (padded == UNLABELLED).mean() > 0.7
+
+
+def test_jitter_is_monotone_and_seeded() -> None:
+    ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, 2)
+    out = jitter(ramp, np.random.default_rng(1))
+    assert (np.diff(out.astype(int), axis=1) >= 0).all() and out.std() > 20
+    np.testing.assert_array_equal(out, jitter(ramp, np.random.default_rng(1)))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_shipped_recipes_load(path: Path) -> None:
+    recipe = Recipe.load(path)
+    assert recipe.name == path.stem
+    assert recipe.dense.args == (recipe.native or recipe.dense).args
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2", "cannot read"),
+        ("- 1", "holds list"),
+        ("name: x", "no section 'dense'"),
+        ("dense: {network: a, speed: 3}\nrefiner: {network: b}", "unknown key 'speed'; known are network"),
+        ("dense: {network: a}\nrefiner: {network: b}", "missing"),
+    ],
+)
+def test_broken_recipes(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(TrainingError, match=message):
+        Recipe.load(tmp_path / "r.yaml")
+
+
+@pytest.fixture
+def camvid(tmp_path: Path) -> Path:
+    for split in ("train", "val"):
+        for kind in ("image", "label"):
+            (tmp_path / split / kind).mkdir(parents=True)
+        for i in (2, 1):
+            image = np.full((6, 8, 3), (10 * i, 0, 200), np.uint8)  # BGR: red
+            cv2.imwrite(str(tmp_path / split / "image" / f"f{i}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 100])
+            cv2.imwrite(str(tmp_path / split / "label" / f"f{i}.png"), np.array([[i, 11] * 4] * 6, np.uint8))
+    return tmp_path
+
+
+def test_camvid_reader(camvid: Path) -> None:
+    data = CamVid(camvid, "val")
+    assert [s.name for s in (data[0], data[1])] == ["f1", "f2"]
+    assert data[1].stamp_ns == round(1e9 / 15)
+    image, label = data[1].image, data[1].label
+    assert label is not None and label[0].tolist() == [2, UNLABELLED] * 4
+    np.testing.assert_allclose(image[0, 0], (200, 0, 20), atol=3)  # RGB
+    classes, samples = load_split({"kind": "camvid"}, "train", camvid)
+    assert classes is CAMVID and len(samples) == 2
+
+
+def test_camvid_reader_says_what_is_wrong(camvid: Path) -> None:
+    with pytest.raises(DatasetError, match="no frames in .*nowhere"):
+        CamVid(camvid / "nowhere")
+    cv2.imwrite(str(camvid / "val" / "label" / "f1.png"), np.full((6, 8), 30, np.uint8))
+    with pytest.raises(DatasetError, match="largest id 30.*0-11"):
+        CamVid(camvid, "val")[0]
+    (camvid / "val" / "label" / "f2.png").unlink()
+    with pytest.raises(DatasetError, match="1 of 2 frames have no label"):
+        CamVid(camvid, "val")
+    with pytest.raises(DatasetError, match="'ade'.*camvid, street"):
+        load_split({"kind": "ade"}, "train", None)
+    with pytest.raises(DatasetError, match="--data"):
+        load_split({"kind": "camvid"}, "train", None)
