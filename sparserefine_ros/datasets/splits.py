@@ -6,7 +6,7 @@ dataset: {kind: street, train_drives: 40, val_drives: 8, frames: 5, size: [1024,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def _camvid(dataset: Mapping[str, Any], split: str, root: Path | None) -> Split:
 
     if root is None:
         raise DatasetError("this recipe needs CamVid: give the folder that holds train/ and val/ with --data")
-    return CAMVID, _read([CamVid(root, split)], f"reading CamVid {split}")
+    return CAMVID, _read([CamVid(root, split)], 1, f"reading CamVid {split}")
 
 
 def _street(dataset: Mapping[str, Any], split: str, root: Path | None) -> Split:
@@ -45,10 +45,10 @@ def _street(dataset: Mapping[str, Any], split: str, root: Path | None) -> Split:
     first, drives = (0, dataset["train_drives"]) if split == "train" else (STREET_VAL_SEED, dataset["val_drives"])
     height, width = dataset.get("size", (1024, 2048))
     # One frame every two seconds: neighbours in time teach little that is new.
-    sources = [Street(dataset["frames"], seed, (height, width), fps=0.5) for seed in range(first, first + drives)]
-    return CITYSCAPES, _read(sources, f"rendering street {split}")
+    sources = (Street(dataset["frames"], seed, (height, width), fps=0.5) for seed in range(first, first + drives))
+    return CITYSCAPES, _read(sources, drives, f"rendering street {split}")
 
 
-def _read(sources: Sequence[FrameSource], title: str) -> list[Sample]:
-    places = [(source, i) for source in sources for i in range(len(source))]
-    return [source[i] for source, i in track(places, description=title)]
+def _read(sources: Iterable[FrameSource], count: int, title: str) -> list[Sample]:
+    """All samples of ``count`` sources; a source is let go once read, since a street holds its world in memory."""
+    return [source[i] for source in track(sources, description=title, total=count) for i in range(len(source))]
