@@ -1,0 +1,74 @@
+"""Builds the package for colcon (ament_python) and for pip.
+
+The metadata stands here and not in pyproject.toml: ROS 2 Humble's setuptools (59) does not read that table.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+NAME = "sparserefine_ros"
+SHARE = f"share/{NAME}"
+HERE = Path(__file__).parent.resolve()
+
+
+def shared_files(folder: str) -> list[tuple[str, list[str]]]:
+    """Every file below `folder`, as (directory in the installation, files) pairs with relative paths."""
+    rows: dict[str, list[str]] = {}
+    for path in sorted((HERE / folder).rglob("*")):
+        hidden = any(part.startswith((".", "__pycache__")) for part in path.relative_to(HERE).parts)
+        if path.is_file() and not hidden:
+            relative = path.relative_to(HERE)
+            rows.setdefault(f"{SHARE}/{relative.parent.as_posix()}", []).append(relative.as_posix())
+    return list(rows.items())
+
+
+ROS_WHEELS = [  # one distribution, kilted, for machines where no ROS 2 environment is sourced
+    "ros-rclpy[fastrtps]==9.1.2",
+    "ros-sensor-msgs==5.5.1",
+    "ros-std-msgs==5.5.1",
+    "ros-diagnostic-msgs==5.5.1",
+]
+TEST = ["pytest>=7", "hypothesis>=6", "torchmetrics>=1"]
+LINT = ["ruff>=0.6", "mypy>=1.10"]
+
+setup(
+    name=NAME,
+    version="0.1.0",
+    description="SparseRefine semantic segmentation of camera images as a ROS 2 node",
+    license="Apache-2.0",
+    maintainer="SparseRefine ROS maintainers",
+    maintainer_email="maintainers@sparserefine-ros.invalid",
+    packages=find_packages(include=[NAME, f"{NAME}.*"]),
+    package_data={NAME: ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "setuptools",
+        "numpy>=1.21",
+        "opencv-python-headless>=4.5",
+        "PyYAML>=5.4",
+        "safetensors>=0.4",
+        "torch>=2.1",
+        "rosbags>=0.11",
+        "rich>=12",
+        "matplotlib>=3.5",
+        "rich>=12",
+    ],
+    extras_require={"ros": ROS_WHEELS, "test": TEST, "lint": LINT},
+    data_files=[
+        ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
+        (SHARE, ["package.xml"]),
+        *shared_files("launch"),
+        *shared_files("config"),
+        *shared_files("models"),
+    ],
+    entry_points={
+        "console_scripts": [
+            f"segment = {NAME}.node.main:main",
+            f"sparserefine = {NAME}.cli:main",
+        ],
+    },
+    zip_safe=False,
+)

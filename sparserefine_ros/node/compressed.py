@@ -1,0 +1,61 @@
+"""What a JPEG or PNG says about itself, read before it is decoded.
+
+A few bytes can announce an image of gigabytes, and decoders fill the missing part of a truncated image with
+grey. So size and completeness are checked here, on the markers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sparserefine_ros.errors import FrameError
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_JPEG = b"\xff\xd8\xff"
+# Start-of-frame markers of ITU T.81 table B.1: all of C0-CF but DHT (C4), JPG (C8) and DAC (CC).
+_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_START_OF_SCAN = 0xDA
+
+
+def compressed_size(data: np.ndarray, format_text: str) -> tuple[int, int]:
+    """(height, width) of a complete JPEG or PNG in `data` [N] uint8; FrameError for anything else."""
+    content = data.tobytes()
+    if content.startswith(_PNG):
+        return _png_size(content)
+    if content.startswith(_JPEG):
+        return _jpeg_size(content)
+    raise FrameError(
+        f"compressed image with format '{format_text}' starts with bytes {content[:4].hex(' ') or '(none)'}, "
+        "which is neither JPEG nor PNG; publish 'jpeg' or 'png'"
+    )
+
+
+def bayer_of(format_text: str) -> str:
+    """The pattern ("rggb") when `format` names a Bayer encoding as image_transport writes it, else ""."""
+    source = format_text.split(";")[0].strip()
+    return source[6:10] if source in {f"bayer_{p}8" for p in ("rggb", "bggr", "gbrg", "grbg")} else ""
+
+
+def _png_size(content: bytes) -> tuple[int, int]:
+    if content[12:16] != b"IHDR" or len(content) < 24 or b"IEND" not in content[-64:]:
+        raise FrameError(f"PNG of {len(content)} bytes is truncated; check the driver or the transport")
+    return int.from_bytes(content[20:24], "big"), int.from_bytes(content[16:20], "big")
+
+
+def _jpeg_size(content: bytes) -> tuple[int, int]:
+    size: tuple[int, int] | None = None
+    at = 2
+    while at + 4 <= len(content) and content[at] == 0xFF:
+        marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4], "big")
+        if marker == 0xFF:  # fill byte
+            at += 1
+            continue
+        if marker in _START_OF_FRAME and at + 9 <= len(content):
+            size = int.from_bytes(content[at + 5 : at + 7], "big"), int.from_bytes(content[at + 7 : at + 9], "big")
+        if marker == _START_OF_SCAN:
+            # Inside a scan FF is always stuffed, so an end-of-image marker there is a real one.
+            if size is not None and content.find(b"\xff\xd9", at) > 0:
+                return size
+            break
+        at += 2 + max(length, 2)
+    raise FrameError(f"JPEG of {len(content)} bytes is truncated or corrupt; check the driver or the transport")

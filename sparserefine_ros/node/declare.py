@@ -1,0 +1,70 @@
+"""The parameter table as ROS parameters of a node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
+from rclpy.exceptions import ParameterException
+from rclpy.node import Node
+
+from sparserefine_ros.errors import ParameterError, SparseRefineError
+from sparserefine_ros.node.parameters import BY_NAME, PARAMETERS, Parameter, Value
+
+
+def descriptor(parameter: Parameter) -> ParameterDescriptor:
+    """What `ros2 param describe` shows: text, range, choices, and whether it may change."""
+    result = ParameterDescriptor(
+        name=parameter.name,
+        description=parameter.description,
+        additional_constraints=parameter.values,
+        read_only=not parameter.live,
+        dynamic_typing=parameter.several_types,
+    )
+    if parameter.minimum is not None and parameter.maximum is not None:
+        low, high = parameter.minimum, parameter.maximum
+        if isinstance(parameter.default, int):
+            result.integer_range = [IntegerRange(from_value=int(low), to_value=int(high), step=1)]
+        else:
+            result.floating_point_range = [FloatingPointRange(from_value=float(low), to_value=float(high))]
+    return result
+
+
+def declare(node: Node) -> dict[str, Value]:
+    """Declares every parameter of the table once; the values, overrides included, checked.
+
+    Raises ParameterError naming the parameter, the value and what is allowed.
+    """
+    values: dict[str, Value] = {}
+    for parameter in PARAMETERS:
+        try:
+            declared = node.declare_parameter(parameter.name, parameter.default, descriptor(parameter))
+        except ParameterException as error:
+            raise ParameterError(f"{error}; '{parameter.name}' must be: {parameter.values}") from error
+        values[parameter.name] = parameter.check(declared.value)
+    unknown = sorted(set(_overrides(node)) - set(BY_NAME))
+    if unknown:
+        node.get_logger().warning(f"unknown parameters ignored: {', '.join(unknown)}; known: {', '.join(BY_NAME)}")
+    return values
+
+
+def _overrides(node: Node) -> list[str]:
+    """Names given on the command line or in a parameter file that are not ROS's own."""
+    given: dict[str, Any] = getattr(node, "_parameter_overrides", {})  # no public way in any distribution
+    return [name for name in given if name != "use_sim_time" and "." not in name]
+
+
+def on_change(node: Node, apply: Callable[[str, Value], None]) -> None:
+    """Checks each live change and hands it to `apply`; what either refuses is refused with its reason."""
+
+    def changed(parameters: Sequence[Any]) -> SetParametersResult:
+        try:
+            checked = {p.name: BY_NAME[p.name].check(p.value) for p in parameters if p.name in BY_NAME}
+            for name, value in checked.items():
+                apply(name, value)
+        except SparseRefineError as error:
+            return SetParametersResult(successful=False, reason=str(error))
+        return SetParametersResult(successful=True)
+
+    node.add_on_set_parameters_callback(changed)

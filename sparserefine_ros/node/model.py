@@ -1,0 +1,61 @@
+"""From parameter values to a segmenter. Imports torch only when a segmenter is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from sparserefine_ros.errors import BundleError
+from sparserefine_ros.node.parameters import AUTO, Value
+
+if TYPE_CHECKING:
+    from sparserefine_ros.segmenter.segmenter import Segmenter
+
+
+def load_segmenter(values: Mapping[str, Value]) -> Segmenter:
+    """Builds what `decoder`, `model`, `refine`, `scale`, `device`, `precision` and `entropy_threshold` ask for.
+
+    Raises BundleError when the bundle is missing or corrupt, or decoder and model contradict each other, and
+    ParameterError when the device is not there or the threshold does not fit the bundle's classes.
+    """
+    import torch
+
+    from sparserefine_ros.segmenter.bundle import Bundle, default_bundle
+    from sparserefine_ros.segmenter.segmenter import Segmenter
+
+    decoder, model, refine = str(values["decoder"]), str(values["model"]), str(values["refine"])
+    if model == AUTO:
+        model = default_bundle("sparserefine" if decoder == AUTO else decoder)
+    bundle = Bundle.load(model)
+    if decoder == "sparserefine" and bundle.decoder != decoder:
+        raise BundleError(
+            f"decoder is 'sparserefine' but model '{model}' is a '{bundle.decoder}' bundle without a refiner; "
+            "set decoder to dense, or choose a model with a refiner"
+        )
+    refined = {"true": True, "false": False}.get(refine, False if decoder == "dense" else None)
+    if values["threads"]:
+        torch.set_num_threads(int(values["threads"]))
+    return Segmenter(
+        bundle,
+        device=str(values["device"]),
+        precision=str(values["precision"]),
+        entropy_threshold=number_or_none(values["entropy_threshold"]),
+        refine=refined,
+        scale=number_or_none(values["scale"]),
+    )
+
+
+def number_or_none(value: Value) -> float | None:
+    """None for `auto`, else the number."""
+    return None if value == AUTO else float(value)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the host or the GPU ran out of memory; torch says so in several ways."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "out of memory" in text
+        or "can't allocate memory" in text
+    )

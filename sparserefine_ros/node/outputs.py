@@ -1,0 +1,72 @@
+"""Everything the node publishes about a frame."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import Image
+from std_msgs.msg import String
+
+from sparserefine_ros.datasets.classes import ClassList
+from sparserefine_ros.node import labels
+from sparserefine_ros.node.conversion import colourise, fill_image, overlay
+from sparserefine_ros.node.status import FrameReport, diagnostics
+
+if TYPE_CHECKING:
+    from sparserefine_ros.segmenter.segmenter import Segmentation
+
+RESULTS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
+LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+
+
+class Outputs:
+    """The publishers below `segmentation/`."""
+
+    def __init__(self, node: Node, classes: ClassList) -> None:
+        self._classes, self._lut = classes, classes.lut()
+        images = ("mask", "confidence", "entropy", "color", "overlay")
+        self._images = {name: node.create_publisher(Image, f"segmentation/{name}", RESULTS) for name in images}
+        self._timing = node.create_publisher(DiagnosticArray, "segmentation/timing", RESULTS)
+        self._json = node.create_publisher(String, "segmentation/label_info_json", LATCHED)
+        self._label_info: Any = None
+        if labels.LabelInfo is None:
+            node.get_logger().info(
+                "vision_msgs is not installed: class names come as JSON on segmentation/label_info_json only "
+                "(std_msgs/String, latched), not on segmentation/label_info"
+            )
+        else:
+            self._label_info = node.create_publisher(labels.LabelInfo, "segmentation/label_info", LATCHED)
+
+    def publish_labels(self, stamp: Any) -> None:
+        """Class names and colours, latched. Repeated now and then: a bag split loses latched messages."""
+        self._json.publish(String(data=labels.label_json(self._classes)))
+        if self._label_info is not None:
+            self._label_info.publish(labels.label_info(self._classes, stamp))
+
+    def publish(self, header: Any, image: np.ndarray, result: Segmentation, opacity: float) -> None:
+        """Mask and confidence always; the others only while somebody subscribes. All carry `header` untouched."""
+        self._send("mask", header, result.mask, "mono8")
+        self._send("confidence", header, result.confidence, "mono8")
+        if self._wanted("entropy"):
+            self._send("entropy", header, result.entropy, "32FC1")
+        if self._wanted("color") or self._wanted("overlay"):
+            colour = colourise(result.mask, self._lut)
+            if self._wanted("color"):
+                self._send("color", header, colour, "rgb8")
+            if self._wanted("overlay"):
+                self._send("overlay", header, overlay(image, colour, opacity), "rgb8")
+
+    def publish_timing(self, header: Any, report: FrameReport, model: str) -> None:
+        """The frame's density and stage times, while somebody subscribes."""
+        if self._timing.get_subscription_count():
+            self._timing.publish(diagnostics(header, "segment: timing", "ok", "", model, report.key_values()))
+
+    def _wanted(self, name: str) -> bool:
+        return self._images[name].get_subscription_count() > 0
+
+    def _send(self, name: str, header: Any, image: np.ndarray, encoding: str) -> None:
+        self._images[name].publish(fill_image(Image(), header, image, encoding))

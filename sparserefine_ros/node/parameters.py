@@ -1,0 +1,239 @@
+"""The node's parameters: the one table that node, launch file, config/segment.yaml and README read.
+
+Imports no ROS. `python -m sparserefine_ros.node.parameters` prints the README's table, with `--yaml` the
+parameter file config/segment.yaml.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sparserefine_ros.errors import ParameterError
+
+Value = bool | int | float | str
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter. Its type is the type of `default`, unless `words` and a range make it a word or a number.
+
+    choices: the only strings allowed; "true" and "false" among them may be given as booleans too.
+    pattern: regular expression that a string must match, explained by `form`.
+    minimum, maximum: range of a number, both inclusive.
+    live: may change while the node runs; the others need a restart.
+    """
+
+    name: str
+    default: Value
+    description: str
+    choices: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    pattern: str = ""
+    form: str = ""
+    minimum: float | None = None
+    maximum: float | None = None
+    live: bool = False
+
+    @property
+    def numeric(self) -> bool:
+        """Whether numbers are allowed."""
+        return self.minimum is not None
+
+    @property
+    def several_types(self) -> bool:
+        """Whether ROS must let the type vary: 1 for 1.0, "1" for 1, a word for a number, true for "true"."""
+        return self.numeric or "true" in self.choices
+
+    @property
+    def values(self) -> str:
+        """The allowed values, for people."""
+        if self.choices:
+            return ", ".join(self.choices)
+        if self.form:
+            return self.form
+        if self.numeric:
+            return ", ".join([*self.words, f"{self.minimum:g} to {self.maximum:g}"])
+        return "text"
+
+    def check(self, value: object) -> Value:
+        """`value` in this parameter's type; ParameterError with the value and the remedy where it does not fit."""
+        result = self._fit(value)
+        if result is None:
+            shown = f"'{value}'" if isinstance(value, str) else repr(value)
+            raise ParameterError(f"parameter '{self.name}' is {shown}; it must be: {self.values}")
+        return result
+
+    def _fit(self, value: object) -> Value | None:
+        if isinstance(value, bool):
+            value = str(value).lower() if "true" in self.choices else None
+        if self.numeric:
+            return value if value in self.words else self._number(value)  # type: ignore[return-value]
+        if not isinstance(value, str):
+            return None
+        if self.choices:
+            return value if value in self.choices else None
+        return value if re.fullmatch(self.pattern or ".*", value) else None
+
+    def _number(self, value: object) -> float | int | None:
+        try:
+            number = float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):
+            return None
+        assert self.minimum is not None and self.maximum is not None
+        if not self.minimum <= number <= self.maximum:  # also refuses nan
+            return None
+        if isinstance(self.default, int):
+            return int(number) if number.is_integer() else None
+        return number
+
+
+PARAMETERS: tuple[Parameter, ...] = (
+    Parameter(
+        "decoder",
+        AUTO,
+        "How frames are segmented: sparserefine = dense segmenter at low resolution, refined where it is "
+        "uncertain; dense = that segmenter alone; auto = what the model has, sparserefine if none is named.",
+        choices=(AUTO, "sparserefine", "dense"),
+    ),
+    Parameter(
+        "model",
+        AUTO,
+        "Bundle: a folder, or the name of one under models/; auto = the decoder's default bundle.",
+        pattern=r"\S(.*\S)?",
+        form="auto, a name or a folder",
+    ),
+    Parameter(
+        "refine",
+        AUTO,
+        "Whether the sparse refiner runs over the decoder; auto = what the decoder says.",
+        choices=(AUTO, "true", "false"),
+    ),
+    Parameter(
+        "entropy_threshold",
+        AUTO,
+        "Pixels whose entropy in nats exceeds this are refined; auto = the bundle's calibrated value. Lower "
+        "refines more and takes longer. At most log(number of classes).",
+        words=(AUTO,),
+        minimum=0.0,
+        maximum=round(math.log(255), 4),
+        live=True,
+    ),
+    Parameter(
+        "scale",
+        AUTO,
+        "Size of the dense segmenter's input relative to the image; auto = the bundle's.",
+        words=(AUTO,),
+        minimum=0.05,
+        maximum=1.0,
+    ),
+    Parameter(
+        "device",
+        AUTO,
+        "Where the networks run; auto = cuda when there is one, else cpu.",
+        pattern=r"auto|cpu|cuda(:\d+)?",
+        form="auto, cpu, cuda, cuda:N",
+    ),
+    Parameter(
+        "precision",
+        "fp32",
+        "Number format of the networks; fp16 and bf16 are for CUDA.",
+        choices=("fp32", "fp16", "bf16"),
+    ),
+    Parameter(
+        "threads",
+        0,
+        "CPU threads of the networks; 0 = as many as torch takes by itself.",
+        minimum=0,
+        maximum=256,
+    ),
+    Parameter(
+        "image_transport",
+        "raw",
+        "raw subscribes to `image` (sensor_msgs/Image), compressed to `image/compressed` "
+        "(sensor_msgs/CompressedImage, JPEG or PNG).",
+        choices=("raw", "compressed"),
+    ),
+    Parameter(
+        "qos_reliability",
+        "best_effort",
+        "Reliability asked of the image publisher; best_effort receives from every publisher.",
+        choices=("best_effort", "reliable", "system_default"),
+    ),
+    Parameter(
+        "qos_depth",
+        5,
+        "History depth of the image subscription.",
+        minimum=1,
+        maximum=1000,
+    ),
+    Parameter(
+        "queue",
+        "newest",
+        "newest = one slot, a new frame replaces a waiting one, so masks are never stale; all = every frame in "
+        "order, up to queue_size waiting (for evaluation; set qos_reliability to reliable as well).",
+        choices=("newest", "all"),
+    ),
+    Parameter(
+        "queue_size",
+        64,
+        "Frames that may wait when queue is all; then the oldest is dropped.",
+        minimum=1,
+        maximum=10000,
+    ),
+    Parameter(
+        "overlay_opacity",
+        0.5,
+        "How much of the class colours the overlay shows: 0 = image only, 1 = colours only.",
+        minimum=0.0,
+        maximum=1.0,
+        live=True,
+    ),
+)
+
+BY_NAME: dict[str, Parameter] = {parameter.name: parameter for parameter in PARAMETERS}
+
+
+def markdown() -> str:
+    """The README's table of parameters."""
+    lines = ["| parameter | default | values | live | meaning |", "|---|---|---|---|---|"]
+    for p in PARAMETERS:
+        live = "yes" if p.live else "no"
+        lines.append(f"| `{p.name}` | `{_plain(p.default)}` | {p.values} | {live} | {p.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def yaml_text() -> str:
+    """config/segment.yaml: every parameter at its default, with its text."""
+    lines = [
+        "# Every parameter of the segment node at its default.",
+        "# Written by `python -m sparserefine_ros.node.parameters --yaml`; copy it and change the copy.",
+        "/**:",
+        "  ros__parameters:",
+    ]
+    for p in PARAMETERS:
+        lines += [f"    # {p.description} ({p.values})", f"    {p.name}: {_plain(p.default)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(value: Value) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the Markdown table, or with --yaml the parameter file."""
+    printers: dict[tuple[str, ...], Callable[[], str]] = {(): markdown, ("--yaml",): yaml_text}
+    printer = printers.get(tuple(arguments))
+    if printer is None:
+        print("usage: python -m sparserefine_ros.node.parameters [--yaml]", file=sys.stderr)
+        return 2
+    sys.stdout.write(printer())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,312 @@
+"""The node as a process of its own, over real DDS: mask values, headers, bad frames, live parameters, exits."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy")
+
+from diagnostic_msgs.msg import DiagnosticArray  # noqa: E402
+from rcl_interfaces.srv import DescribeParameters  # noqa: E402
+from ros_client import LATCHED, Client, double, isolated, text  # noqa: E402
+from sensor_msgs.msg import CompressedImage, Image  # noqa: E402
+from std_msgs.msg import Header, String  # noqa: E402
+
+from sparserefine_ros.datasets.classes import CAMVID  # noqa: E402
+from sparserefine_ros.node.conversion import fill_image, overlay  # noqa: E402
+from sparserefine_ros.node.process import NodeProcess  # noqa: E402
+from sparserefine_ros.segmenter.bundle import Bundle  # noqa: E402
+from sparserefine_ros.segmenter.segmenter import Segmenter  # noqa: E402
+
+
+def pixels(message: Image) -> np.ndarray:
+    kind = {"mono8": "u1", "rgb8": "u1", "32FC1": "f4"}[message.encoding]
+    image = np.frombuffer(message.data, kind).reshape(message.height, message.width, -1)
+    assert message.step == image[0].nbytes
+    return image[..., 0] if image.shape[2] == 1 else image
+
+
+@pytest.fixture(scope="module")
+def domain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with isolated(tmp_path_factory.mktemp("log")) as number:
+        yield number
+
+
+@pytest.fixture(scope="module")
+def offline(tiny_bundle: Path) -> Segmenter:
+    return Segmenter(Bundle.load(tiny_bundle), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def running(
+    domain: int, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Any, Client, Any]]:
+    """One node for most tests, a client connected to it, and the client's image publisher."""
+    parameters = {"model": str(tiny_bundle), "device": "cpu", "threads": "1", "queue": "all", "qos_depth": "10"}
+    environment = {"ROS_DOMAIN_ID": str(domain)}
+    client = Client(domain)
+    log = tmp_path_factory.mktemp("node") / "log.txt"
+    with NodeProcess(parameters, {"image": "/camera/image_raw"}, environment, log) as process:
+        client.alive = process.check
+        publisher = client.publisher(Image, "/camera/image_raw")
+        client.listen(Image, "segmentation/mask")
+        client.listen(DiagnosticArray, "segmentation/timing")
+        client.listen(DiagnosticArray, "/diagnostics")
+        yield process, client, publisher
+        process.check()
+    client.close()
+    said = log.read_text()
+    assert "terminate called" not in said and "Traceback" not in said, said  # __exit__ has checked for status 0
+
+
+def send(client: Client, publisher: Any, image: np.ndarray, encoding: str = "rgb8", **changes: Any) -> Header:
+    header = client.header()
+    message = fill_image(Image(), header, image, encoding)
+    for name, value in changes.items():
+        setattr(message, name, value)
+    publisher.publish(message)
+    return header
+
+
+def timing(client: Client, header: Header) -> dict[str, str]:
+    return {row.key: row.value for row in client.answer("segmentation/timing", header).status[0].values}
+
+
+def test_mask_and_confidence_equal_the_offline_segmenter(running: Any, offline: Segmenter, frame: np.ndarray) -> None:
+    _, client, publisher = running
+    confidences = client.listen(Image, "segmentation/confidence")
+    expected = offline.segment([frame])[0]
+    assert 0.02 < expected.density < 0.98, "the frame must exercise both branches"
+    header = send(client, publisher, frame)
+    mask = client.answer("segmentation/mask", header)
+    assert mask.header == header
+    assert mask.encoding == "mono8" and mask.is_bigendian == (sys.byteorder == "big")
+    np.testing.assert_array_equal(pixels(mask), expected.mask)
+    client.until(lambda: confidences, "confidence")
+    np.testing.assert_array_equal(pixels(confidences[0]), expected.confidence)
+    report = timing(client, header)
+    assert float(report["density"]) == pytest.approx(expected.density, abs=1e-6)
+    assert float(report["entropy_threshold"]) == 1.0
+    stages = {"decode_ms", "preprocess_ms", "dense_ms", "select_ms", "refine_ms", "merge_ms", "publish_ms"}
+    assert stages <= set(report) and all(float(report[s]) >= 0 for s in stages)
+
+
+def test_sizes_and_encodings_may_change_from_frame_to_frame(
+    running: Any, offline: Segmenter, frame: np.ndarray
+) -> None:
+    _, client, publisher = running
+    gray = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
+    padded = np.zeros((64, 96 * 3 + 13), np.uint8)
+    padded[:, : 96 * 3] = frame.reshape(64, -1)
+    cropped = np.ascontiguousarray(frame[:47, :61])
+    cases = [
+        (gray, "mono8", {}, np.repeat(gray[..., None], 3, 2)),
+        (np.ascontiguousarray(frame[..., ::-1]), "bgr8", {}, frame),
+        (padded, "rgb8", {"width": 96}, frame),
+        (cropped, "rgb8", {}, cropped),
+        ((gray.astype(">u2") * 257), "mono16", {"is_bigendian": 1}, np.repeat(gray[..., None], 3, 2)),
+    ]
+    for image, encoding, changes, rgb in cases:
+        header = send(client, publisher, image, encoding, **changes)
+        answer = client.answer("segmentation/mask", header)
+        np.testing.assert_array_equal(pixels(answer), offline.segment([rgb])[0].mask, err_msg=encoding)
+
+
+def test_bad_frames_are_counted_and_cost_only_themselves(running: Any, frame: np.ndarray) -> None:
+    process, client, publisher = running
+    data = fill_image(Image(), Header(), frame, "rgb8").data
+    bad: list[dict[str, Any]] = [
+        {"encoding": "rgb9"},
+        {"step": 5},
+        {"data": data[:100]},
+        {"height": 0, "width": 0, "data": data[:0]},
+        {"height": 2**31, "width": 2**31},
+    ]
+    # A good frame after each bad one: they must not hinder it, and a long burst may overrun the subscription.
+    for changes in bad:
+        send(client, publisher, frame, **changes)
+        client.answer("segmentation/mask", send(client, publisher, frame))
+    publisher.publish(b"\0\1\0\0rubbish that is no message")
+    client.answer("segmentation/mask", send(client, publisher, frame))
+    sent = client.serial + 1  # the rubbish has no header
+
+    def counted() -> dict[str, str]:
+        rows = {r.key: r.value for r in client.got["/diagnostics"][-1].status[0].values}
+        return rows if int(rows["received"]) == sent else {}
+
+    client.got["/diagnostics"].clear()
+    rows = client.until(lambda: client.got["/diagnostics"] and counted(), "diagnostics that count them")
+    assert int(rows["malformed"]) == 6 and int(rows["dropped"]) == 0 and int(rows["failed"]) == 0
+    assert int(rows["processed"]) == sent - 6
+    assert rows["model"].startswith("model tiny (sparserefine, 11 classes) on cpu")
+    said = process.log.read_text()
+    assert "'rgb9' is not supported" in said and "bgr8" in said, "the first bad frame's value and remedy are logged"
+
+
+def test_live_threshold_changes_the_density(running: Any, offline: Segmenter, frame: np.ndarray) -> None:
+    _, client, publisher = running
+    limit = math.log(len(CAMVID))
+    try:
+        for threshold in (0.0, 0.6, limit):
+            result = client.set("entropy_threshold", double(threshold))
+            assert result.successful, result.reason
+            offline.entropy_threshold = threshold
+            expected = offline.segment([frame])[0]
+            header = send(client, publisher, frame)
+            report = timing(client, header)
+            assert float(report["entropy_threshold"]) == pytest.approx(threshold, rel=1e-5)
+            assert float(report["density"]) == pytest.approx(expected.density, abs=1e-6)
+            np.testing.assert_array_equal(pixels(client.answer("segmentation/mask", header)), expected.mask)
+    finally:
+        offline.entropy_threshold = 1.0
+        assert client.set("entropy_threshold", text("auto")).successful
+    assert float(timing(client, send(client, publisher, frame))["entropy_threshold"]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("entropy_threshold", double(9.0), ["9.0", "5.5413"]),
+        ("entropy_threshold", double(2.5), ["2.5", "11 classes", "2.398"]),  # within the table, above log 11
+        ("entropy_threshold", double(-0.1), ["-0.1"]),
+        ("entropy_threshold", double(math.nan), ["nan"]),
+        ("entropy_threshold", text("low"), ["'low'", "auto"]),
+        ("overlay_opacity", double(1.5), ["1.5", "1.0"]),
+        ("model", text("street"), ["read-only", "model"]),
+    ],
+)
+def test_bad_live_values_are_refused_with_the_reason(running: Any, name: str, value: Any, words: list[str]) -> None:
+    _, client, _ = running
+    result = client.set(name, value)
+    assert not result.successful
+    for word in words:
+        assert word in result.reason
+    assert client.get("entropy_threshold") == text("auto")
+
+
+def test_parameters_are_described(running: Any) -> None:
+    _, client, _ = running
+    request = DescribeParameters.Request(names=["entropy_threshold", "queue"])
+    threshold, queue = client.call(DescribeParameters, "segment/describe_parameters", request).descriptors
+    assert "nats" in threshold.description and not threshold.read_only
+    assert threshold.floating_point_range[0].to_value == 5.5413
+    assert queue.additional_constraints == "newest, all" and queue.read_only
+
+
+def test_pictures_are_published_only_while_somebody_looks(running: Any, offline: Segmenter, frame: np.ndarray) -> None:
+    _, client, publisher = running
+    expected = offline.segment([frame])[0]
+    colour = CAMVID.lut()[expected.mask]
+    wanted = {"color": colour, "overlay": overlay(frame, colour, 0.5), "entropy": expected.entropy}
+    before = send(client, publisher, frame)
+    client.answer("segmentation/mask", before)
+    for name in wanted:
+        client.listen(Image, f"segmentation/{name}")
+    time.sleep(0.3)  # the node's side of the match comes a little later
+    header = send(client, publisher, frame)
+    for name, image in wanted.items():
+        answer = client.answer(f"segmentation/{name}", header)
+        np.testing.assert_array_equal(pixels(answer), image, err_msg=name)
+        assert answer.header == header
+        stamps = [m.header.stamp for m in client.got[f"segmentation/{name}"]]
+        assert stamps == [header.stamp], f"{name} was published before anybody subscribed"
+    for name in wanted:
+        client.node.destroy_subscription(client.subscriptions.pop(f"segmentation/{name}"))
+
+
+def test_class_names_are_latched(running: Any) -> None:
+    _, client, _ = running
+    late = client.listen(String, "segmentation/label_info_json", LATCHED)
+    client.until(lambda: late, "label_info_json")
+    content = json.loads(late[0].data)
+    assert [row["class_name"] for row in content["class_map"]] == list(CAMVID.names)
+    assert [tuple(row["color"]) for row in content["class_map"]] == list(CAMVID.palette)
+    assert [row["class_id"] for row in content["class_map"]] == list(range(len(CAMVID)))
+    assert content["unlabeled"] == 255
+
+
+def test_compressed_images_in_a_namespace_and_sigterm(
+    domain: int, tiny_bundle: Path, offline: Segmenter, frame: np.ndarray, tmp_path: Path
+) -> None:
+    parameters = {
+        "model": str(tiny_bundle), "device": "cpu", "threads": "1", "decoder": "dense",
+        "image_transport": "compressed", "qos_reliability": "reliable",
+    }  # fmt: skip
+    client = Client(domain, "/robot/front")
+    log = tmp_path / "log.txt"
+    remap = {"__ns": "/robot/front"}
+    with NodeProcess(parameters, remap, {"ROS_DOMAIN_ID": str(domain)}, log) as process:
+        client.alive = process.check
+        publisher = client.publisher(CompressedImage, "image/compressed")
+        client.listen(Image, "segmentation/mask")
+        header = client.header()
+        png = cv2.imencode(".png", frame[..., ::-1])[1].tobytes()
+        publisher.publish(CompressedImage(header=header, format="rgb8; png compressed bgr8", data=png))
+        mask = client.answer("segmentation/mask", header)
+        assert mask.header == header
+        np.testing.assert_array_equal(pixels(mask), offline.segment([frame], refine=False)[0].mask)
+        client.alive = lambda: None
+        os.kill(process.pid, signal.SIGTERM)
+        client.until(lambda: process._process.poll() is not None, "exit")
+        assert process._process.returncode == 0
+    client.close()
+    said = log.read_text()
+    assert "terminate called" not in said and "Traceback" not in said, said
+
+
+def corrupt(bundle: Path, folder: Path) -> Path:
+    shutil.copytree(bundle, folder)
+    weights = bytearray((folder / "refiner.safetensors").read_bytes())
+    weights[-1] ^= 0xFF
+    (folder / "refiner.safetensors").write_bytes(bytes(weights))
+    return folder
+
+
+def test_start_up_fails_with_one_clear_line_and_no_topic(domain: int, tiny_bundle: Path, tmp_path: Path) -> None:
+    good = f"model:={tiny_bundle}"
+    cases = {
+        "missing bundle": (["model:=nowhere"], ["nowhere", "model.yaml"]),
+        "corrupt weights": ([f"model:={corrupt(tiny_bundle, tmp_path / 'bad')}"], ["refiner.safetensors", "sha256"]),
+        "threshold above log K": ([good, "entropy_threshold:=2.5"], ["2.5", "2.398", "11 classes"]),
+        "unknown choice": ([good, "precision:=fp64"], ["'fp64'", "fp32, fp16, bf16"]),
+    }
+    environment = {**os.environ, "ROS_DOMAIN_ID": str(domain)}
+    client = Client(domain)
+    seen: set[str] = set()
+    running = {}
+    for name, (parameters, _) in cases.items():
+        command = [sys.executable, "-m", "sparserefine_ros.node.main", "--ros-args", "-r", "__ns:=/failing"]
+        command += [part for p in parameters for part in ("-p", p)]
+        running[name] = subprocess.Popen(
+            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    def ended() -> bool:
+        seen.update(topic for topic, _ in client.node.get_topic_names_and_types())
+        return all(process.poll() is not None for process in running.values())
+
+    client.until(ended, "the failing nodes to exit")
+    client.close()
+    assert not [topic for topic in seen if topic.startswith("/failing/segmentation")]
+    for name, process in running.items():
+        out, err = process.communicate()
+        assert process.returncode == 2, f"{name}: {out}{err}"
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, f"{name}: {err}"
+        assert "Traceback" not in err, f"{name}: {err}"
+        for word in cases[name][1]:
+            assert word in lines[0], f"{name}: {lines[0]}"

@@ -1,0 +1,137 @@
+"""What colcon and pip read: package.xml, setup.py, the wheel."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+import sparserefine_ros
+
+ROOT = Path(__file__).resolve().parents[1]
+NAME = "sparserefine_ros"
+
+# Imported module -> rosdep key; None where there is none (named in a comment of package.xml).
+ROSDEP: dict[str, str | None] = {
+    "ament_index_python": "ament_index_python",
+    "builtin_interfaces": "builtin_interfaces",
+    "cv2": "python3-opencv",
+    "diagnostic_msgs": "diagnostic_msgs",
+    "launch": "launch",
+    "launch_ros": "launch_ros",
+    "matplotlib": "python3-matplotlib",
+    "numpy": "python3-numpy",
+    "rcl_interfaces": "rcl_interfaces",
+    "rclpy": "rclpy",
+    "rich": "python3-rich",
+    "rosbags": "python3-rosbags-pip",
+    "safetensors": None,
+    "sensor_msgs": "sensor_msgs",
+    "std_msgs": "std_msgs",
+    "torch": "python3-torch",
+    "vision_msgs": "vision_msgs",
+    "yaml": "python3-yaml",
+}
+
+
+def package_xml() -> ElementTree.Element:
+    return ElementTree.parse(ROOT / "package.xml").getroot()
+
+
+def imported_modules() -> set[str]:
+    """Top-level names of everything that the package and its launch files import from elsewhere."""
+    names: set[str] = set()
+    for path in [*(ROOT / NAME).rglob("*.py"), *(ROOT / "launch").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module.split(".")[0])
+    return names - set(sys.stdlib_module_names) - {NAME}
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    imported = imported_modules()
+    assert imported - set(ROSDEP) == set(), "new import: add it to package.xml, setup.py and this table"
+    declared = {element.text for element in package_xml().iter("exec_depend")}
+    missing = {ROSDEP[name] for name in imported} - declared - {None}
+    assert not missing
+    setup = (ROOT / "setup.py").read_text().lower()
+    wheels = {"cv2": "opencv-python-headless", "yaml": "pyyaml"}
+    for name in imported:
+        key = ROSDEP[name] or "python3-"
+        if key.startswith("python3-"):
+            assert f'"{wheels.get(name, name)}' in setup, name
+
+
+def test_package_xml_is_format_3_of_an_ament_python_package() -> None:
+    root = package_xml()
+    assert root.get("format") == "3"
+    assert root.findtext("name") == NAME
+    assert root.findtext("version") == sparserefine_ros.__version__
+    assert root.findtext("export/build_type") == "ament_python"
+    for tag in ("description", "maintainer", "license"):
+        assert (root.findtext(tag) or "").strip()
+    assert (ROOT / "resource" / NAME).read_bytes() == b""
+
+
+def test_executables_go_where_ros_looks() -> None:
+    text = (ROOT / "setup.cfg").read_text()
+    assert f"script_dir=$base/lib/{NAME}" in text and f"install_scripts=$base/lib/{NAME}" in text
+
+
+def test_rviz_configuration_shows_image_overlay_and_mask() -> None:
+    config = yaml.safe_load((ROOT / "config" / "segment.rviz").read_text())
+    displays = config["Visualization Manager"]["Displays"]
+    shown = {d["Name"]: d["Topic"]["Value"] for d in displays if d["Enabled"]}
+    assert shown == {"Image": "/image", "Overlay": "/segmentation/overlay", "Mask": "/segmentation/color"}
+    assert {d["Class"] for d in displays} == {"rviz_default_plugins/Image"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel of a copy of the checkout, with a model folder in it."""
+    pytest.importorskip("setuptools")
+    copy = tmp_path_factory.mktemp("checkout")
+    for item in ("package.xml", "setup.py", "setup.cfg", "pyproject.toml"):
+        shutil.copy(ROOT / item, copy)
+    for folder in (NAME, "launch", "config", "resource"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "models" / "example").mkdir(parents=True)
+    (copy / "models" / "example" / "model.yaml").write_text("format: 1\n")
+    (copy / "models" / ".cache").mkdir()
+    (copy / "models" / ".cache" / "left.over").write_text("")
+    code = "import setuptools.build_meta as b; b.build_wheel('dist')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    [path] = (copy / "dist").glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_wheel_holds_the_package_and_its_shared_files(wheel: zipfile.ZipFile) -> None:
+    names = wheel.namelist()
+    data = f"{NAME}-{sparserefine_ros.__version__}.data/data/share"
+    for path in (ROOT / NAME).rglob("*.py"):
+        assert path.relative_to(ROOT).as_posix() in names
+    assert f"{NAME}/py.typed" in names
+    expected = ["package.xml", "launch/segment.launch.py", "config/fastdds.xml", "config/segment.yaml"]
+    for name in [*expected, "config/segment.rviz", "models/example/model.yaml"]:
+        assert f"{data}/{NAME}/{name}" in names
+    assert f"{data}/ament_index/resource_index/packages/{NAME}" in names
+    assert not [name for name in names if ".cache" in name or name.startswith(("test", "launch/", "config/"))]
+
+
+def test_wheel_offers_both_executables(wheel: zipfile.ZipFile) -> None:
+    [entry] = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
+    lines = wheel.read(entry).decode().splitlines()
+    assert f"segment = {NAME}.node.main:main" in lines
+    assert f"sparserefine = {NAME}.cli:main" in lines
+    [metadata] = [name for name in wheel.namelist() if name.endswith("METADATA")]
+    assert "Provides-Extra: ros" in wheel.read(metadata).decode()
