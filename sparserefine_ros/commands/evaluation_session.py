@@ -1,0 +1,176 @@
+"""One evaluation from options to report: what `sparserefine evaluate` and `sparserefine demo` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sparserefine_ros.commands.evaluate import SEGMENTER_PARAMETERS
+from sparserefine_ros.errors import ParameterError, SparseRefineError
+from sparserefine_ros.evaluation import gallery, replay_metrics, report
+from sparserefine_ros.evaluation.bags import Bag
+from sparserefine_ros.evaluation.mask_spool import MaskSpool
+from sparserefine_ros.evaluation.offline import segment_bag, selected_pixels
+from sparserefine_ros.evaluation.replay_metrics import ReplayLog
+from sparserefine_ros.node.conversion import to_rgb
+from sparserefine_ros.node.model import load_segmenter
+from sparserefine_ros.node.parameters import BY_NAME, Parameter, Value
+from sparserefine_ros.segmenter.segmenter import Segmenter
+
+PICTURE_FRAMES = 4
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to evaluate and how. ``parameters`` are the node's, by name, as text; the others take their defaults."""
+
+    bag: Path
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    offline: bool = False
+    rate: float = 1.0  # 1: the recording's timing, 0: lossless
+    json: Path | None = None
+    output: Path | None = None
+    save_masks: bool = False
+    image_topic: str | None = None
+    label_topic: str | None = None
+    answer_timeout_s: float = 60.0
+    domain_id: int | None = None
+
+
+def evaluate(options: Options, console: Console) -> dict[str, Any]:
+    """Replays, measures, writes the files that ``options`` names, and returns the report (`report.build`).
+
+    Raises BundleError, BagError, ParameterError or NodeError, each before the replay where it can be known.
+    """
+    values = parameter_values(options.parameters)
+    segmenter = load_segmenter(values)  # also for a live replay: what the node would refuse is said at once
+    bundle = segmenter.bundle
+    with Bag(options.bag, options.image_topic, options.label_topic) as bag, MaskSpool() as spool:
+        stamps = bag.check(bundle.classes)
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        ) as progress:
+            task = progress.add_task("segmenting" if options.offline else "starting the node", total=len(stamps))
+
+            def advance(log: ReplayLog) -> None:
+                progress.update(task, completed=len(log.sent), description=f"{len(log.answered)} masks")
+
+            if options.offline:
+                facts: dict[str, Any] = {"mode": "offline"}
+                log = segment_bag(bag, segmenter, to_rgb, spool, advance)
+            else:
+                log, facts = _replay(options, values, bag, spool, advance)
+        score = replay_metrics.score(bag.labels(), spool, bundle.classes) if bag.label_topic else None
+        facts |= _facts(values, segmenter, bag)
+        result = report.build(log, score, facts)
+        if options.json:
+            report.write_json(result, options.json)
+        if options.output:
+            _draw(options, bag, segmenter, spool, result)
+    return result
+
+
+def parameter_values(texts: Mapping[str, str]) -> dict[str, Value]:
+    """Every parameter of the node: those in ``texts`` parsed and checked, the others at their defaults.
+
+    Raises ParameterError for an unknown name or a value that the node would refuse.
+    """
+    unknown = sorted(set(texts) - set(BY_NAME))
+    if unknown:
+        raise ParameterError(f"unknown parameter {unknown[0]!r}; the node has {', '.join(BY_NAME)}")
+    return {name: p.check(_parse(p, texts[name])) if name in texts else p.default for name, p in BY_NAME.items()}
+
+
+def _parse(parameter: Parameter, text: str) -> Value:
+    if not parameter.numeric:
+        return text
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _replay(
+    options: Options, values: Mapping[str, Value], bag: Bag, spool: MaskSpool, advance: Callable[[ReplayLog], None]
+) -> tuple[ReplayLog, dict[str, Any]]:
+    try:
+        from sparserefine_ros.node.replay import Replayer, ros_versions, transport_environment
+    except ImportError as error:
+        raise SparseRefineError(
+            f"a live replay needs ROS 2's Python packages, and {error.name or error} is missing: source a ROS 2 "
+            "environment or install this package's `ros` extra; or use --offline"
+        ) from error
+    from sparserefine_ros.node.process import NodeProcess, free_domain_id
+
+    domain_id = free_domain_id() if options.domain_id is None else options.domain_id
+    environment = transport_environment()
+    log_path = None
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        log_path = options.output / "node.log"
+    remapping = {("image/compressed" if bag.compressed else "image"): bag.image_topic}
+    parameters = {name: values[name] for name in SEGMENTER_PARAMETERS}
+    # Reliable: what is lost shall be lost by the node under test, by its choice, and not by the transport.
+    parameters |= {"qos_reliability": "reliable", "image_transport": "compressed" if bag.compressed else "raw"}
+    node_environment = {**environment, "ROS_DOMAIN_ID": str(domain_id)}
+    with (
+        NodeProcess(parameters, remapping, node_environment, log_path) as node,
+        Replayer(domain_id, environment, bag.image_topic, bag.compressed, spool.put) as replayer,
+    ):
+        replayer.ready(node.check)
+        log = replayer.play(bag.frames(), options.rate, options.answer_timeout_s, node.check, advance)
+        facts = {"mode": "live", "versions": dict(ros_versions())}
+    return log, facts | {
+        "rate": options.rate,
+        "lossless": options.rate == 0,
+        "qos": {"reliability": "reliable", "history": "keep_last", "depth": 10},
+        "node_exit_code": node.exit_code,
+    }
+
+
+def _facts(values: Mapping[str, Value], segmenter: Segmenter, bag: Bag) -> dict[str, Any]:
+    return {
+        "model": segmenter.bundle.name,
+        "decoder": "sparserefine" if segmenter.refines else "dense",
+        "entropy_threshold": segmenter.entropy_threshold,
+        "scale": segmenter.scale,
+        "device": str(segmenter.device),
+        "precision": segmenter.precision,
+        "threads": values["threads"],
+        "bag": {
+            "name": bag.path.name,
+            "sha256": bag.sha256(),
+            "duration_s": bag.duration_s,
+            "image_topic": bag.image_topic,
+            "image_type": bag.image_type,
+            "label_topic": bag.label_topic,
+        },
+    }
+
+
+def _draw(options: Options, bag: Bag, segmenter: Segmenter, spool: MaskSpool, result: dict[str, Any]) -> None:
+    assert options.output is not None
+    classes = segmenter.bundle.classes
+    if options.save_masks:
+        gallery.save_masks(spool, classes, options.output / "masks")
+    stamps = replay_metrics.evenly_spaced(spool.stamps(), PICTURE_FRAMES)
+    if not stamps:
+        return
+    selected = selected_pixels(bag, segmenter, to_rgb, stamps) if segmenter.refines else {}
+    title = f"{segmenter.bundle.name} on {bag.path.name}, {len(spool)} masks"
+    for name, value in (("mIoU", result["miou"]), ("density", result["density"] if segmenter.refines else None)):
+        title += "" if value is None else f", {name} {100 * value:.2f} %"
+    gallery.draw_evaluation(bag, spool, classes, to_rgb, stamps, selected, options.output / "evaluation.png", title)

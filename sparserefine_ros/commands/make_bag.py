@@ -1,0 +1,149 @@
+"""`sparserefine make-bag`: frames and their ground truth to rosbag2."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+
+    from sparserefine_ros.datasets.base import FrameSource
+
+HELP = "write frames and ground truth to a rosbag2 recording"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the new bag")
+    parser.add_argument(
+        "--source",
+        choices=("street", "camvid", "folder"),
+        default="street",
+        help="street: the procedural street, 19 Cityscapes classes; camvid: a copy of CamVid; "
+        "folder: image/ and label/ beside a classes file (default: %(default)s)",
+    )
+    parser.add_argument("--root", type=Path, metavar="DIR", help="folder of the frames, for camvid and folder")
+    parser.add_argument("--split", default="val", help="split of the data set (default: %(default)s)")
+    parser.add_argument("--frames", type=int, metavar="N", help="at most N frames (default: all; street: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the street (default: %(default)s)")
+    parser.add_argument(
+        "--size", type=parse_size, metavar="HxW", help="resize the frames (default: their own; street: 1024x2048)"
+    )
+    parser.add_argument("--rate", type=float, metavar="HZ", help="frames a second (default: the source's own)")
+    parser.add_argument("--storage", choices=("mcap", "sqlite3"), default="mcap", help="(default: %(default)s)")
+    parser.add_argument(
+        "--encoding",
+        choices=("rgb8", "bgr8", "jpeg", "png"),
+        default="rgb8",
+        help="rgb8 and bgr8: sensor_msgs/Image on /camera/image_raw; jpeg and png: sensor_msgs/CompressedImage on "
+        "/camera/image_raw/compressed; ground truth is always mono8 on /camera/label (default: %(default)s)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace a bag that lies at OUT")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the bag; raises SparseRefineError for arguments or frames that cannot be used."""
+    from rich.console import Console
+
+    from sparserefine_ros.errors import ParameterError
+
+    if args.frames is not None and args.frames < 1:
+        raise ParameterError(f"--frames is {args.frames}; a bag needs at least 1")
+    if args.rate is not None and not args.rate > 0:
+        raise ParameterError(f"--rate is {args.rate}; give frames a second above 0")
+    source = open_source(args.source, args.root, args.split, args.frames, args.seed, args.size, args.rate)
+    console = Console()
+    count = write_bag(
+        source, args.out, args.frames, args.size, args.rate, args.storage, args.encoding, args.force, console
+    )
+    console.print(f"[bold]{args.out}[/]: {count} frames, {len(source.classes)} classes ({source.classes.name})")
+    console.print(f"next: sparserefine evaluate {args.out}", highlight=False)
+    return 0
+
+
+def open_source(
+    kind: str,
+    root: Path | None = None,
+    split: str = "val",
+    frames: int | None = None,
+    seed: int = 0,
+    size: tuple[int, int] | None = None,
+    rate: float | None = None,
+) -> FrameSource:
+    """The frames; ``size`` is (H, W) in pixels, ``rate`` the street camera's frames a second (default 10)."""
+    from sparserefine_ros.errors import DatasetError
+
+    if kind == "street":
+        from sparserefine_ros.datasets.street import Street
+
+        return Street(frames=frames or 100, seed=seed, size=size or (1024, 2048), fps=rate or 10.0)
+    if root is None:
+        raise DatasetError(f"--source {kind} needs --root DIR, the folder that holds the frames")
+    if kind == "camvid":
+        from sparserefine_ros.datasets.camvid import CamVid
+
+        return CamVid(root, split)
+    from sparserefine_ros.datasets.folder import Folder
+
+    return Folder(root, split)
+
+
+def write_bag(
+    source: FrameSource,
+    out: Path,
+    frames: int | None,
+    size: tuple[int, int] | None,
+    rate: float | None,
+    storage: str,
+    encoding: str,
+    force: bool,
+    console: Console,
+) -> int:
+    """Writes up to ``frames`` samples of ``source``, resized to ``size`` (H, W), and returns how many.
+
+    Stamps are the samples' own, or ``1 / rate`` seconds apart, counted from a fixed date.
+    """
+    from rich.progress import Progress
+
+    from sparserefine_ros.evaluation.bag_writer import START_NS, BagWriter
+
+    count = len(source) if frames is None else min(frames, len(source))
+    with (
+        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+        BagWriter(out, source.classes, storage, encoding, force) as bag,
+    ):
+        task = progress.add_task("writing frames", total=count)
+        for i in range(count):
+            sample = source[i]
+            stamp = sample.stamp_ns if rate is None else round(i * 1e9 / rate)
+            bag.write(
+                _resized(sample.image, size, smooth=True),
+                None if sample.label is None else _resized(sample.label, size, smooth=False),
+                START_NS + stamp,
+            )
+            progress.advance(task)
+    return count
+
+
+def _resized(array: np.ndarray, size: tuple[int, int] | None, smooth: bool) -> np.ndarray:
+    """``array`` [H, W, ...] at ``size`` (h, w); class ids are never mixed (``smooth`` False: nearest pixel)."""
+    import cv2
+
+    if size is None or array.shape[:2] == size:
+        return array
+    if not smooth:
+        interpolation = cv2.INTER_NEAREST_EXACT
+    else:
+        interpolation = cv2.INTER_AREA if size[0] <= array.shape[0] else cv2.INTER_LINEAR
+    return cv2.resize(array, size[::-1], interpolation=interpolation)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) in pixels of a text like 1024x2048."""
+    height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give HEIGHTxWIDTH in pixels, as in 1024x2048")
+    return int(height), int(width)

@@ -1,0 +1,137 @@
+"""What a replay measured, from what it saw: pure logic, no ROS.
+
+A replay is a set of stamps: each frame is known by its header stamp (ns), which the node copies onto everything it
+publishes for that frame, so that masks, timings and ground truth are joined by it in whatever order they arrive.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from sparserefine_ros.datasets.classes import ClassList
+from sparserefine_ros.errors import BagError
+from sparserefine_ros.evaluation.metrics import ConfusionMatrix
+
+PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0}
+
+
+@dataclass
+class ReplayLog:
+    """Everything one replay saw. Times are seconds of this process's monotonic clock."""
+
+    sent: dict[int, float] = field(default_factory=dict)  # stamp -> when it was published
+    answered: dict[int, float] = field(default_factory=dict)  # stamp -> when its mask arrived
+    stage_ms: dict[int, dict[str, float]] = field(default_factory=dict)  # stamp -> stage -> ms, by the node
+    density: dict[int, float] = field(default_factory=dict)  # stamp -> selected pixels / all pixels
+    counters: dict[str, int] | None = None  # the node's own counts, None where it told none
+    timeouts: list[int] = field(default_factory=list)  # stamps that a lossless replay gave up waiting for
+    lag_s: float = 0.0  # how far the replay fell behind the recording's timing at worst
+    strangers: int = 0  # masks with a stamp that was never sent
+
+
+class MaskStore(Protocol):
+    """Masks by stamp; [H, W] uint8 class ids."""
+
+    def get(self, stamp_ns: int) -> np.ndarray | None: ...
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy over the frames that have both a mask and ground truth."""
+
+    matrix: ConfusionMatrix
+    labelled: int  # frames with ground truth
+    scored: int  # of these, frames with a mask
+
+    @property
+    def absent(self) -> list[str]:
+        """Classes found neither in the ground truth nor in the masks: they are left out of the mean."""
+        return [name for name, value in self.matrix.iou().items() if math.isnan(value)]
+
+
+def percentiles(values: Iterable[float]) -> dict[str, float | None]:
+    """p50, p90, p99 (linear interpolation between closest ranks, as numpy) and max; None each for no values."""
+    data = np.asarray(list(values), dtype=np.float64)
+    if data.size == 0:
+        return {**dict.fromkeys(PERCENTILES), "max": None}
+    result: dict[str, float | None] = {name: float(np.percentile(data, q)) for name, q in PERCENTILES.items()}
+    result["max"] = float(data.max())
+    return result
+
+
+def latencies_ms(log: ReplayLog) -> list[float]:
+    """Milliseconds from publishing a frame to receiving its mask, one for every answered frame, in sending order."""
+    return [(log.answered[s] - sent) * 1e3 for s, sent in log.sent.items() if s in log.answered]
+
+
+def stage_percentiles(log: ReplayLog) -> dict[str, dict[str, float | None]]:
+    """Percentiles of every stage that the node timed, over the frames it timed."""
+    stages: dict[str, list[float]] = {}
+    for times in log.stage_ms.values():
+        for stage, value in times.items():
+            stages.setdefault(stage, []).append(value)
+    return {stage: percentiles(values) for stage, values in stages.items()}
+
+
+def mean_density(log: ReplayLog) -> float | None:
+    """Mean over frames of selected pixels / all pixels; None where no frame told."""
+    return float(np.mean(list(log.density.values()))) if log.density else None
+
+
+def count_frames(log: ReplayLog) -> dict[str, int | None]:
+    """How many frames were sent, received by the node, processed (a mask came back) and dropped (sent, no mask).
+
+    ``received`` is the node's own count, None where it published none. ``dropped`` counts every loss: before the node,
+    within it (a newer frame took the place), and of the mask on its way back.
+    """
+    processed = sum(1 for stamp in log.sent if stamp in log.answered)
+    received = log.counters.get("received") if log.counters else None
+    return {
+        "sent": len(log.sent),
+        "received": received,
+        "processed": processed,
+        "dropped": len(log.sent) - processed,
+    }
+
+
+def score(labels: Iterable[tuple[int, np.ndarray]], masks: MaskStore, classes: ClassList) -> Score:
+    """One confusion matrix over all frames; masks and ground truth are joined by stamp, frames without a mask left out.
+
+    ``labels``: (stamp in ns, [H, W] uint8, 255 = ignored). Raises BagError where a mask and its label differ in size.
+    """
+    matrix = ConfusionMatrix(classes)
+    labelled = scored = 0
+    for stamp, label in labels:
+        labelled += 1
+        mask = masks.get(stamp)
+        if mask is None:
+            continue
+        if mask.shape != label.shape:
+            raise BagError(
+                f"at stamp {stamp} ns the mask is {mask.shape[1]}x{mask.shape[0]} but its label "
+                f"{label.shape[1]}x{label.shape[0]}; record images and labels at the same size"
+            )
+        matrix.update(label, mask)
+        scored += 1
+    return Score(matrix, labelled, scored)
+
+
+def evenly_spaced(stamps: Sequence[int], count: int) -> list[int]:
+    """Up to ``count`` stamps from the first to the last, evenly spaced, without repeats."""
+    if len(stamps) <= count:
+        return list(stamps)
+    return [stamps[i] for i in np.linspace(0, len(stamps) - 1, count).round().astype(int)]
+
+
+def rates(log: ReplayLog) -> Mapping[str, float | None]:
+    """Masks a second and their jitter: standard deviation, in ms, of the time between masks."""
+    times = np.sort(np.asarray(list(log.answered.values())))
+    if times.size < 3:
+        return {"output_hz": None, "jitter_ms": None}
+    gaps = np.diff(times)
+    return {"output_hz": float(1.0 / gaps.mean()), "jitter_ms": float(gaps.std() * 1e3)}

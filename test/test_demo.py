@@ -1,0 +1,70 @@
+"""`sparserefine demo` in small: street, bag, live node, report, files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from sparserefine_ros.commands import demo
+from sparserefine_ros.commands.make_bag import open_source
+from sparserefine_ros.datasets.classes import CITYSCAPES
+from sparserefine_ros.errors import BundleError
+from sparserefine_ros.evaluation.bag_writer import START_NS
+from sparserefine_ros.evaluation.bags import Bag
+from sparserefine_ros.networks.compact import CompactSegmenter
+from sparserefine_ros.networks.refiner import SparseRefiner
+from sparserefine_ros.segmenter.bundle import Bundle, save_network
+
+
+def street_bundle(path: Path) -> Path:
+    """A bundle of random weights with the street's classes."""
+    torch.manual_seed(0)
+    dense_args = {"widths": [8, 8, 8, 8], "depths": [1, 1, 1]}
+    refiner_args = {"channels": [8, 16], "stride": "floor", "blocks": 1}
+    dense, refiner = CompactSegmenter(19, **dense_args), SparseRefiner(19, **refiner_args)
+    Bundle(
+        path=path, name="tiny19", classes=CITYSCAPES, scale=0.5, native_size=(64, 128),
+        dense=save_network(path, dense, "compact", dense_args, "dense.safetensors"),
+        refiner=save_network(path, refiner, "sparserefine", refiner_args, "refiner.safetensors"),
+        entropy_threshold=1.0,
+    ).save()  # fmt: skip
+    return path
+
+
+def run(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    return demo.run(parser.parse_args(words))
+
+
+def test_demo_leaves_bag_masks_picture_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rclpy")
+    bundle, out = street_bundle(tmp_path / "tiny19"), tmp_path / "out"
+    words = ["--model", str(bundle), "--output", str(out), "--frames", "3", "--size", "64x128", "--device", "cpu"]
+    assert run(*words) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["frames"] == {"sent": 3, "received": 3, "processed": 3, "dropped": 0}
+    assert 0 <= results["miou"] <= 1 and results["frames_scored"] == 3
+    assert results["model"] == "tiny19" and results["node_exit_code"] == 0
+    street = open_source("street", frames=3, seed=demo.SEED, size=(64, 128), rate=demo.CAMERA_HZ)
+    with Bag(out / "bag") as bag:
+        assert bag.check(CITYSCAPES) == [START_NS + round(i * 1e9 / demo.CAMERA_HZ) for i in range(3)]
+        for i, (_, label) in enumerate(bag.labels()):
+            np.testing.assert_array_equal(label, street[i].label)
+    masks = [f for f in (out / "masks").glob("*.png") if f.stem.isdecimal()]
+    assert len(masks) == 3 and cv2.imread(str(masks[0]), cv2.IMREAD_UNCHANGED).shape == (64, 128)
+    assert cv2.imread(str(out / "evaluation.png")) is not None
+    said = capsys.readouterr().out
+    assert "evaluation.png" in said and "3 sent, 3 received, 3 processed, 0 dropped" in said
+
+
+def test_demo_says_at_once_that_the_bundle_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no bundle 'nowhere'"):
+        run("--model", "nowhere", "--output", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
