@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Sets up .venv beside this checkout: the package itself (editable), its dependencies and, unless ROS 2 is sourced, ROS 2
+# from wheels. Running it again is cheap.
+#   scripts/setup.sh [test]       "test" adds what the tests and linters need
+#   PYTHON=python3.12             the interpreter to build on (default: python3)
+#   TORCH=torch==2.9.0            another torch; one that the interpreter already has is kept
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+extras="${1:-}"
+python="${PYTHON:-python3}"
+
+"$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || {
+    echo "error: $("$python" --version) is not supported; set PYTHON to one from 3.10 to 3.13" >&2
+    exit 1
+}
+
+# What the system brings is used, never replaced: a sourced ROS 2, and the torch of a Jetson.
+has() { "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; }
+options=()
+if [ -n "${ROS_DISTRO:-}" ] && has rclpy; then
+    echo "ROS 2 $ROS_DISTRO is sourced: using it"
+    options+=(--system-site-packages)
+else
+    extras="ros${extras:+,$extras}"
+    has torch && options+=(--system-site-packages)
+fi
+
+[ -x .venv/bin/python ] || "$python" -m venv "${options[@]}" .venv
+pip=(.venv/bin/python -m pip --disable-pip-version-check)
+if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
+    "${pip[@]}" install "${TORCH:-torch==2.13.0}"
+fi
+"${pip[@]}" install --quiet --editable ".${extras:+[$extras]}"
+echo "ready: .venv/bin/sparserefine, .venv/bin/segment"
