@@ -141,7 +141,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter(
         "precision",
         "fp32",
-        "Number format of the networks; fp16 and bf16 are for CUDA.",
+        "Number format of the networks; fp16 is for CUDA, bf16 for CUDA and for CPUs that compute in it.",
         choices=("fp32", "fp16", "bf16"),
     ),
     Parameter(

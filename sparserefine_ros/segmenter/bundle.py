@@ -152,10 +152,14 @@ def default_bundle(decoder: str) -> str:
 
 
 def save_network(path: Path, module: nn.Module, network: str, args: Mapping[str, Any], file: str) -> NetworkSpec:
-    """Writes ``module``'s weights as safetensors into the bundle folder and describes them."""
+    """Writes ``module``'s weights as safetensors into the bundle folder and describes them.
+
+    Matrices and kernels are stored in half precision, which halves the bundle; loading widens them again.
+    """
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    save_file(tensors, path / file)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    save_file({name: t.half() if t.ndim >= 2 else t for name, t in state.items()}, path / file)
+    (path / file).chmod(0o644)  # safetensors writes files that only their owner may read
     return NetworkSpec(network, dict(args), file, _sha256(path / file))
 
 
