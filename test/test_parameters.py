@@ -198,3 +198,9 @@ def test_out_of_memory_is_told_from_other_errors():
     assert is_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate"))
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+def test_the_readme_shows_the_table() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    shown = readme.split("<!-- parameters: start -->\n")[1].split("<!-- parameters: end -->")[0]
+    assert shown == parameters.markdown().rstrip("\n") + "\n", "run: python -m sparserefine_ros.node.parameters"
