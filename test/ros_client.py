@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,24 @@ class Client:
         """The message on `topic` that carries `header`'s stamp."""
         found = self.until(lambda: [m for m in self.got[topic] if m.header.stamp == header.stamp], f"{topic} {header}")
         return found[0]
+
+    def until_matched(self, send: Callable[[], Header], topics: Sequence[str], patience_s: float = 1.0) -> Header:
+        """Sends until one frame is answered on every topic; that frame's header.
+
+        Discovery is not symmetric: what is sent while only one side knows of the other is lost.
+        """
+
+        def answered(header: Header) -> bool:
+            return all(any(m.header.stamp == header.stamp for m in self.got[topic]) for topic in topics)
+
+        deadline = time.monotonic() + TIMEOUT_S
+        while True:
+            header = send()
+            pause = time.monotonic() + patience_s
+            self.until(lambda: answered(header) or time.monotonic() > pause, "an answer")  # noqa: B023
+            if answered(header):
+                return header
+            assert time.monotonic() < deadline, f"waited {TIMEOUT_S} s for answers on {', '.join(topics)}"
 
     def call(self, kind: type, name: str, request: Any) -> Any:
         client = self.node.create_client(kind, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,8 @@ from sparserefine_ros.datasets.classes import CAMVID  # noqa: E402
 from sparserefine_ros.errors import FrameError, ParameterError  # noqa: E402
 from sparserefine_ros.node import labels  # noqa: E402
 from sparserefine_ros.node.conversion import fill_image  # noqa: E402
+from sparserefine_ros.node.outputs import Outputs  # noqa: E402
+from sparserefine_ros.node.process import free_domain_id  # noqa: E402
 from sparserefine_ros.node.segment_node import SegmentNode  # noqa: E402
 from sparserefine_ros.node.status import Counters, FrameReport, diagnostics, judge  # noqa: E402
 from sparserefine_ros.segmenter.segmenter import Segmentation  # noqa: E402
@@ -57,7 +58,7 @@ def context(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[Context]
     monkeypatch.setenv("ROS_LOG_DIR", str(tmp_path))
     monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     result = Context()
-    rclpy.init(context=result, domain_id=1 + os.getpid() % 100)
+    rclpy.init(context=result, domain_id=free_domain_id())
     yield result
     result.try_shutdown()
 
@@ -175,6 +176,36 @@ def test_out_of_memory_twice_fails_the_frame(bench: Bench) -> None:
     bench.feed(7)
     bench.until(lambda: bench.counts()["failed"] == 1)
     assert bench.counts()["processed"] == 0 and bench.counts()["unrefined"] == 0
+
+
+class Recorder:
+    """A publisher with as many subscribers as it is told."""
+
+    def __init__(self, subscribers: int) -> None:
+        self.subscribers = subscribers
+        self.sent: list[Any] = []
+        self.publish = self.sent.append
+
+    def get_subscription_count(self) -> int:
+        return self.subscribers
+
+
+@pytest.mark.parametrize("watched", [[], ["color"], ["overlay"], ["entropy"], ["overlay", "entropy"]])
+def test_pictures_are_made_only_while_somebody_looks(bench: Bench, watched: list[str]) -> None:
+    outputs = Outputs(bench.node, CAMVID)
+    outputs._images = {name: Recorder(name in watched) for name in outputs._images}
+    outputs._timing = Recorder(0)
+    image = np.zeros((4, 6, 3), np.uint8)
+    header = Header(frame_id="camera")
+    outputs.publish(header, image, bench.segmenter.segment([image])[0], 0.5)
+    outputs.publish_timing(header, FrameReport(0.5, 1.0, {}), "tiny")
+    sent = {name for name, recorder in outputs._images.items() if recorder.sent}
+    assert sent == {"mask", "confidence", *watched}
+    assert all(recorder.sent[0].header == header for recorder in outputs._images.values() if recorder.sent)
+    assert outputs._timing.sent == []
+    outputs._timing.subscribers = 1
+    outputs.publish_timing(header, FrameReport(0.5, 1.0, {}), "tiny")
+    assert len(outputs._timing.sent) == 1
 
 
 def test_live_parameters_reach_the_segmenter(bench: Bench) -> None:
