@@ -1,0 +1,67 @@
+"""The fused U-Net gives what the plain one gives, on every backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparserefine_ros.networks.fused_unet import FusedUNet
+from sparserefine_ros.networks.unet import SiteNorm, SparseUNet
+from sparserefine_ros.sparse import Pyramid
+from sparserefine_ros.sparse.backends import BACKENDS, pick_backend
+
+CPU = torch.device("cpu")
+
+
+def unet(channels: tuple[int, ...], blocks: int, seed: int = 0) -> SparseUNet:
+    torch.manual_seed(seed)
+    net = SparseUNet(3, channels, blocks)
+    for module in net.modules():
+        if isinstance(module, SiteNorm):
+            module.running_mean.uniform_(-0.5, 0.5)
+            module.running_var.uniform_(0.5, 2.0)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.uniform_(module.bias, -0.5, 0.5)
+    return net.eval()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("stride", ["dilate", "floor"])
+@pytest.mark.parametrize(
+    ("channels", "blocks"), [((16,), 1), ((5, 7), 1), ((16, 32, 64), 2), ((32, 24, 40, 16), 3)], ids=str
+)
+def test_fused_unet_equals_plain_unet(name: str, stride: str, channels: tuple[int, ...], blocks: int) -> None:
+    backend = pick_backend(name, CPU)
+    net = unet(channels, blocks)
+    expected_net = unet(channels, blocks).double()
+    fused = FusedUNet(net, backend)
+    generator = torch.Generator().manual_seed(1)
+    # Large, small, empty, one pixel, all: buffers are reused and never leak from one frame into the next.
+    for batch, height, width, density in (
+        (2, 45, 38, 0.3),
+        (1, 9, 14, 0.5),
+        (1, 8, 8, 0.0),
+        (1, 1, 1, 1.0),
+        (1, 20, 31, 1.0),
+    ):
+        mask = torch.rand(batch, height, width, generator=generator) < density
+        pyramid = backend.pyramid(mask, len(channels), stride)
+        x = torch.randn(int(mask.sum()), 3, generator=generator)
+        with torch.no_grad():
+            expected = expected_net(x.double(), Pyramid.build(mask, len(channels), stride))
+        actual = fused(x, pyramid).double()
+        assert actual.shape == expected.shape
+        if len(expected):
+            assert float((actual - expected).abs().max() / expected.abs().max()) <= 1e-5
+
+
+def test_fused_unet_takes_a_folded_unet_and_keeps_its_own_weights() -> None:
+    net = unet((8, 12), 2)
+    mask = torch.rand(1, 12, 12, generator=torch.Generator().manual_seed(0)) < 0.4
+    pyramid = Pyramid.build(mask, 2, "floor")
+    x = torch.randn(int(mask.sum()), 3, dtype=torch.float64)
+    expected = net.double()(x, pyramid).detach()
+    fused = FusedUNet(net.fold(), pick_backend("torch", CPU), torch.float64)
+    torch.testing.assert_close(fused(x, pyramid), expected, rtol=1e-12, atol=1e-12)
+    torch.nn.init.zeros_(net.stem.weight)
+    torch.testing.assert_close(fused(x, pyramid), expected, rtol=1e-12, atol=1e-12)
