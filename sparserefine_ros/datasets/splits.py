@@ -2,6 +2,7 @@
 
 dataset: {kind: camvid}                        with the folder of CamVid given on the command line
 dataset: {kind: street, train_drives: 40, val_drives: 8, frames: 5, size: [1024, 2048]}
+                                               refiner_drives: 40 adds drives for the refiner alone
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ Split = tuple[ClassList, list[Sample]]
 
 
 def load_split(dataset: Mapping[str, Any], split: str, root: Path | None) -> Split:
-    """Classes and samples of ``split`` ("train" or "val"); DatasetError for an unknown kind or a missing root."""
+    """Classes and samples of ``split``; DatasetError for an unknown kind or a missing root.
+
+    Splits are "train", "val" and "refiner": frames that the dense segmenter never saw, where a data set has some to
+    spare, so that the refiner meets the mistakes it will meet later; otherwise those of "train".
+    """
     kind = dataset.get("kind")
     readers: dict[Any, Callable[[Mapping[str, Any], str, Path | None], Split]] = {"camvid": _camvid, "street": _street}
     if kind not in readers:
@@ -36,13 +41,20 @@ def _camvid(dataset: Mapping[str, Any], split: str, root: Path | None) -> Split:
 
     if root is None:
         raise DatasetError("this recipe needs CamVid: give the folder that holds train/ and val/ with --data")
+    split = "train" if split == "refiner" else split
     return CAMVID, _read([CamVid(root, split)], 1, f"reading CamVid {split}")
 
 
 def _street(dataset: Mapping[str, Any], split: str, root: Path | None) -> Split:
     from sparserefine_ros.datasets.street import Street
 
-    first, drives = (0, dataset["train_drives"]) if split == "train" else (STREET_VAL_SEED, dataset["val_drives"])
+    first, drives = {
+        "train": (0, dataset["train_drives"]),
+        "val": (STREET_VAL_SEED, dataset["val_drives"]),
+        "refiner": (dataset["train_drives"], dataset.get("refiner_drives", 0)),
+    }[split]
+    if drives == 0:
+        return _street(dataset, "train", root)
     height, width = dataset.get("size", (1024, 2048))
     # One frame every two seconds: neighbours in time teach little that is new.
     sources = (Street(dataset["frames"], seed, (height, width), fps=0.5) for seed in range(first, first + drives))

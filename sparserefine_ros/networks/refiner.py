@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from sparserefine_ros.networks.ensemblers import build_ensembler
@@ -25,12 +26,16 @@ class Refinement(NamedTuple):
 class SparseRefiner(nn.Module):
     """Refines the logits of selected pixels from their full-resolution colours.
 
+    The paper's refiner sees colours only, and a small one then has to recognise objects by their edges. With
+    ``context`` ours also sees what the dense segmenter thinks of every pixel, and only has to move borders.
+
     Args:
         num_classes: K.
         channels: widths of the U-Net, one a level.
         stride: "dilate" as in the official code, or "floor" (a third fewer multiply-adds); see ``sparse``.
         blocks: residual blocks a stage and direction.
         ensembler: gated, direct, entropy or oracle.
+        context: the U-Net reads the initial softmax beside the colours (ours); False is the paper's refiner.
     """
 
     def __init__(
@@ -40,10 +45,11 @@ class SparseRefiner(nn.Module):
         stride: str = "dilate",
         blocks: int = 2,
         ensembler: str = "gated",
+        context: bool = False,
     ) -> None:
         super().__init__()
-        self.levels, self.stride = len(channels), stride
-        self.unet = SparseUNet(3, channels, blocks)
+        self.levels, self.stride, self.context = len(channels), stride, context
+        self.unet = SparseUNet(3 + num_classes * context, channels, blocks)
         self.classifier = nn.Linear(channels[0], num_classes)
         self.ensembler = build_ensembler(ensembler, num_classes)
 
@@ -51,12 +57,13 @@ class SparseRefiner(nn.Module):
         """Sites and neighbour maps of a selection, bool [B, H, W]: built once a frame, used by every layer."""
         return Pyramid.build(mask, self.levels, self.stride)
 
-    def refine(self, pixels: Tensor, pyramid: Pyramid) -> Tensor:
-        """Logits [N, K] of the sparse branch alone, from normalised colours [N, 3]."""
-        logits: Tensor = self.classifier(self.unet(pixels, pyramid))
+    def refine(self, pixels: Tensor, initial: Tensor, pyramid: Pyramid) -> Tensor:
+        """Logits [N, K] of the sparse branch alone; arguments as of ``forward``."""
+        x = torch.cat([pixels, initial.softmax(1)], 1) if self.context else pixels  # [N, 3] or [N, 3 + K]
+        logits: Tensor = self.classifier(self.unet(x, pyramid))
         return logits
 
     def forward(self, pixels: Tensor, initial: Tensor, pyramid: Pyramid, labels: Tensor | None = None) -> Refinement:
         """Normalised colours [N, 3] and initial logits [N, K], rows as in ``pyramid.levels[0].sites``."""
-        refined = self.refine(pixels, pyramid)
+        refined = self.refine(pixels, initial, pyramid)
         return Refinement(refined, self.ensembler(initial, refined, labels))

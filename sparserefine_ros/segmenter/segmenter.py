@@ -183,11 +183,11 @@ class Segmenter:
                 return
             native = torch.from_numpy(np.stack(images)).to(self.device)  # [B, H, W, 3]
             pixels = normalise_pixels(native.view(-1, 3)[sites.flat])  # [N, 3]
-            refined = self.refiner.refine(pixels, pyramid)  # [N, K]
+            initial = gather_initial(logits, sites.sites, selected.shape[1:]).float()  # [N, K]
+            refined = self.refiner.refine(pixels, initial, pyramid)  # [N, K]
         with clock("merge"):
             for part in _chunks(len(sites), self.device):
-                initial = gather_initial(logits, sites.sites[part], selected.shape[1:])
-                final = self.refiner.ensembler(initial.float(), refined[part].float())
+                final = self.refiner.ensembler(initial[part], refined[part].float())
                 top = final.softmax(1).max(1)
                 if not torch.isfinite(top.values).all():
                     raise FrameError(

@@ -36,6 +36,9 @@ def train_bundle(recipe: Recipe, data: Path | None, runs: Path, folder: Path, de
     dense = build(DENSE, recipe.dense.network, len(classes), recipe.dense.args)
     dense_task = DenseTask(dense, classes, train_frames, val_frames, recipe.dense, recipe.scale, device)
     dense = train(dense_task, recipe.dense, runs, "dense", recipe.seed, device)
+    if recipe.low:
+        dense_task = DenseTask(dense, classes, train_frames, val_frames, recipe.low, recipe.scale, device)
+        dense = train(dense_task, recipe.low, runs, "low", recipe.seed, device)
     bundle = Bundle(
         path=folder, name=recipe.name, classes=classes, scale=recipe.scale, native_size=(height, width),
         dense=save_network(folder, dense, recipe.dense.network, recipe.dense.args, "dense.safetensors"),
@@ -43,7 +46,7 @@ def train_bundle(recipe: Recipe, data: Path | None, runs: Path, folder: Path, de
             "version": __version__, "torch": str(torch.__version__), "device": _device_name(device),
             "seed": recipe.seed, "dataset": recipe.dataset,
             "frames": {"train": len(train_frames), "val": len(val_frames)},
-            "dense": _summary(recipe.dense),
+            "dense": _summary(recipe.dense), **({"low": _summary(recipe.low)} if recipe.low else {}),
         },
     )  # fmt: skip
     bundle.save()
@@ -56,17 +59,18 @@ def train_bundle(recipe: Recipe, data: Path | None, runs: Path, folder: Path, de
         bundle = replace(bundle, native=spec, provenance={**bundle.provenance, "native": _summary(recipe.native)})
         bundle.save()
 
+    _, refiner_frames = load_split(recipe.dataset, "refiner", data)
     torch.manual_seed(recipe.seed)
     refiner = build(REFINERS, recipe.refiner.network, len(classes), recipe.refiner.args)
     task = RefinerTask(
-        refiner, Segmenter(bundle, str(device)).dense, classes, train_frames, val_frames, recipe.refiner, recipe.scale,
-        bundle.entropy_threshold, device,
+        refiner, Segmenter(bundle, str(device)).dense, classes, refiner_frames, val_frames, recipe.refiner,
+        recipe.scale, bundle.entropy_threshold, device,
     )  # fmt: skip
     refiner = train(task, recipe.refiner, runs, "refiner", recipe.seed, device)
     spec = save_network(folder, refiner, recipe.refiner.network, recipe.refiner.args, "refiner.safetensors")
     bundle = replace(bundle, refiner=spec, provenance={**bundle.provenance, "refiner": _summary(recipe.refiner)})
     bundle.save()
-    for name in ("dense", "native", "refiner")[:: 1 if recipe.native else 2]:
+    for name in (name for name in ("dense", "low", "native", "refiner") if getattr(recipe, name)):
         draw_curves(runs / f"{name}.jsonl", folder / f"{name}_training.png")
     return bundle
 

@@ -38,6 +38,7 @@ class Recipe:
     scale: float  # low resolution over native resolution
     dense: StageRecipe
     refiner: StageRecipe
+    low: StageRecipe | None = None  # the dense network tuned further at low resolution
     native: StageRecipe | None = None  # the dense network tuned further at native resolution: the HR baseline
     recall: float = 0.8  # the share of wrong pixels that the entropy threshold is calibrated for (appendix A1)
     seed: int = 0
@@ -52,8 +53,9 @@ class Recipe:
         if not isinstance(data, dict):
             raise TrainingError(f"recipe {path} holds {type(data).__name__}; expected a mapping, see config/train")
         stages = {key: _stage(path, key, data.get(key)) for key in ("dense", "refiner")}
-        if "native" in data:
-            stages["native"] = _stage(path, "native", data["native"])
+        for key in ("low", "native"):
+            if key in data:
+                stages[key] = _stage(path, key, data[key])
         return _fill(Recipe, path, {**data, **stages})
 
 
