@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparserefine_ros.errors import ParameterError
 from sparserefine_ros.networks.fused_unet import FusedUNet
 from sparserefine_ros.networks.unet import SiteNorm, SparseUNet
+from sparserefine_ros.node.parameters import BY_NAME
 from sparserefine_ros.sparse import Pyramid
 from sparserefine_ros.sparse.backends import BACKENDS, pick_backend
 
@@ -55,13 +57,24 @@ def test_fused_unet_equals_plain_unet(name: str, stride: str, channels: tuple[in
             assert float((actual - expected).abs().max() / expected.abs().max()) <= 1e-5
 
 
-def test_fused_unet_takes_a_folded_unet_and_keeps_its_own_weights() -> None:
-    net = unet((8, 12), 2)
+def test_fused_unet_keeps_its_own_weights() -> None:
+    net = unet((8, 12), 2).double()
     mask = torch.rand(1, 12, 12, generator=torch.Generator().manual_seed(0)) < 0.4
     pyramid = Pyramid.build(mask, 2, "floor")
     x = torch.randn(int(mask.sum()), 3, dtype=torch.float64)
-    expected = net.double()(x, pyramid).detach()
-    fused = FusedUNet(net.fold(), pick_backend("torch", CPU), torch.float64)
+    expected = net(x, pyramid).detach()
+    fused = FusedUNet(net, pick_backend("torch", CPU), torch.float64)
+    for parameter in net.parameters():
+        torch.nn.init.zeros_(parameter)
     torch.testing.assert_close(fused(x, pyramid), expected, rtol=1e-12, atol=1e-12)
-    torch.nn.init.zeros_(net.stem.weight)
-    torch.testing.assert_close(fused(x, pyramid), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_unknown_and_unfit_backends_are_refused() -> None:
+    with pytest.raises(ParameterError, match="'spam' is unknown; choose one of auto, torch"):
+        pick_backend("spam", CPU)
+    with pytest.raises(ParameterError, match="'torch' cannot run on cpu: it computes in .*, not in int32; choose"):
+        pick_backend("torch", CPU, torch.int32)
+
+
+def test_the_node_offers_every_backend() -> None:
+    assert BY_NAME["sparse_backend"].choices == ("auto", *BACKENDS)

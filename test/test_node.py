@@ -35,7 +35,7 @@ class StandIn:
 
     classes = CAMVID
     bundle = SimpleNamespace(name="stand-in", entropy_threshold=0.5)
-    refines, device, precision = True, "cpu", "fp32"
+    refines, device, precision, sparse_backend = True, "cpu", "fp32", "torch"
     entropy_threshold = 0.5
 
     def __init__(self) -> None:

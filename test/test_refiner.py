@@ -199,8 +199,17 @@ def test_unet_on_a_full_image_equals_dense_convolutions() -> None:
     features = refiner.unet(pyramid.levels[0].gather(image), pyramid)
     expected = dense_unet(refiner.unet, image)
     torch.testing.assert_close(pyramid.levels[0].scatter(features), expected, rtol=1e-9, atol=1e-9)
-    folded = refiner.unet.fold()(pyramid.levels[0].gather(image), pyramid)
-    torch.testing.assert_close(folded, features, rtol=1e-9, atol=1e-9)
+
+
+def test_context_reads_colours_and_the_initial_softmax() -> None:
+    torch.manual_seed(0)
+    refiner = SparseRefiner(4, (6, 8), "floor", blocks=1, context=True).double().eval()
+    pyramid = refiner.pyramid(torch.rand(1, 9, 9) < 0.5)
+    pixels, initial = (torch.randn(len(pyramid.levels[0]), c, dtype=torch.float64) for c in (3, 4))
+    expected = refiner.classifier(refiner.unet(torch.cat([pixels, initial.softmax(1)], 1), pyramid))
+    torch.testing.assert_close(refiner(pixels, initial, pyramid).refined, expected, rtol=0, atol=0)
+    shifted = refiner(pixels, initial + 3.0, pyramid).refined  # logits that differ by a constant say the same
+    torch.testing.assert_close(shifted, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("stride", ["dilate", "floor"])

@@ -11,7 +11,9 @@ from sparserefine_ros.node.parameters import BY_NAME
 if TYPE_CHECKING:
     from sparserefine_ros.commands.evaluation_session import Options
 
-SEGMENTER_PARAMETERS = ("decoder", "model", "refine", "entropy_threshold", "scale", "device", "precision", "threads")
+SEGMENTER_PARAMETERS = (
+    "decoder", "model", "refine", "entropy_threshold", "scale", "device", "precision", "sparse_backend", "threads",
+)  # fmt: skip
 """The node's parameters that decide its masks: live and offline evaluation take the same."""
 
 HELP = "replay a bag through the live node and measure accuracy, latency and drops"

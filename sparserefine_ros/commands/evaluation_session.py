@@ -149,6 +149,7 @@ def _facts(values: Mapping[str, Value], segmenter: Segmenter, bag: Bag) -> dict[
         "scale": segmenter.scale,
         "device": str(segmenter.device),
         "precision": segmenter.precision,
+        "sparse_backend": segmenter.sparse_backend if segmenter.refines else None,
         "threads": values["threads"],
         "bag": {
             "name": bag.path.name,

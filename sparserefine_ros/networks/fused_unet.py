@@ -55,18 +55,12 @@ class _Block:
 
     @staticmethod
     def of(block: ResidualBlock, backend: Backend, dtype: torch.dtype) -> _Block:
-        weight: Tensor = block.conv1.weight
-        if isinstance(block.norm2, SiteNorm):
-            norm2 = _Norm.of(block.norm2, torch.float64)
-            weight, bias = weight.double() * norm2.scale, norm2.shift
-        else:  # folded already
-            assert block.conv1.bias is not None
-            bias = block.conv1.bias
+        norm2 = _Norm.of(block.norm2, torch.float64)
         projection = block.shortcut.weight.T if isinstance(block.shortcut, nn.Linear) else None  # [Cin, Cout]
         return _Block(
             _Norm.of(block.norm1, dtype),
-            backend.pack(_copy(weight, dtype)),
-            _copy(bias, dtype),
+            backend.pack(_copy(block.conv1.weight * norm2.scale, dtype)),
+            _copy(norm2.shift, dtype),
             backend.pack(
                 _copy(block.conv2.weight, dtype),
                 None if projection is None else _copy(projection, dtype),

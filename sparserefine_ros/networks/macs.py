@@ -26,7 +26,10 @@ def dense_macs(call: Callable[[], Any]) -> int:
 
 @contextmanager
 def counting_refiner_macs(refiner: SparseRefiner) -> Iterator[list[int]]:
-    """Within the block, every layer of ``refiner`` that runs appends its multiply-adds to the yielded list."""
+    """Within the block, every layer of ``refiner`` that runs appends its multiply-adds to the yielded list.
+
+    The layers run one by one for it, fused or not.
+    """
     counts: list[int] = []
 
     def sparse(module: Any, inputs: tuple[Any, ...], _output: Any) -> None:
@@ -41,8 +44,10 @@ def counting_refiner_macs(refiner: SparseRefiner) -> Iterator[list[int]]:
             hooks.append(module.register_forward_hook(sparse))
         elif isinstance(module, nn.Linear):
             hooks.append(module.register_forward_hook(linear))
+    fused, refiner.fused = refiner.fused, None
     try:
         yield counts
     finally:
+        refiner.fused = fused
         for hook in hooks:
             hook.remove()

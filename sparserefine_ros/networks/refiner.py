@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from sparserefine_ros.networks.ensemblers import build_ensembler
+from sparserefine_ros.networks.fused_unet import FusedUNet
 from sparserefine_ros.networks.unet import SparseUNet
 from sparserefine_ros.sparse import Pyramid
+from sparserefine_ros.sparse.backends import Backend
 
 
 class Refinement(NamedTuple):
@@ -49,18 +51,26 @@ class SparseRefiner(nn.Module):
     ) -> None:
         super().__init__()
         self.levels, self.stride, self.context = len(channels), stride, context
+        self.fused: FusedUNet | None = None
         self.unet = SparseUNet(3 + num_classes * context, channels, blocks)
         self.classifier = nn.Linear(channels[0], num_classes)
         self.ensembler = build_ensembler(ensembler, num_classes)
 
+    def fuse(self, backend: Backend, dtype: torch.dtype = torch.float32) -> None:
+        """From here on the U-Net runs for inference alone, on ``backend``, with the weights it has now."""
+        self.fused = FusedUNet(self.unet, backend, dtype)
+
     def pyramid(self, mask: Tensor) -> Pyramid:
         """Sites and neighbour maps of a selection, bool [B, H, W]: built once a frame, used by every layer."""
+        if self.fused is not None:
+            return self.fused.backend.pyramid(mask, self.levels, self.stride)
         return Pyramid.build(mask, self.levels, self.stride)
 
     def refine(self, pixels: Tensor, initial: Tensor, pyramid: Pyramid) -> Tensor:
         """Logits [N, K] of the sparse branch alone; arguments as of ``forward``."""
         x = torch.cat([pixels, initial.softmax(1)], 1) if self.context else pixels  # [N, 3] or [N, 3 + K]
-        logits: Tensor = self.classifier(self.unet(x, pyramid))
+        features = (self.unet if self.fused is None else self.fused)(x, pyramid)  # [N, C_0]
+        logits: Tensor = self.classifier(features)
         return logits
 
     def forward(self, pixels: Tensor, initial: Tensor, pyramid: Pyramid, labels: Tensor | None = None) -> Refinement:

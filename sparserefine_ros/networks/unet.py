@@ -32,8 +32,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, cin: int, cout: int) -> None:
         super().__init__()
         self.norm1, self.conv1 = SiteNorm(cin), SubmanifoldConv2d(cin, cout)
-        self.norm2: nn.Module = SiteNorm(cout)
-        self.conv2 = SubmanifoldConv2d(cout, cout)
+        self.norm2, self.conv2 = SiteNorm(cout), SubmanifoldConv2d(cout, cout)
         self.shortcut: nn.Module = nn.Identity() if cin == cout else nn.Linear(cin, cout, bias=False)
 
     def forward(self, x: Tensor, neighbours: KernelMap) -> Tensor:  # [N_l, Cin] -> [N_l, Cout]
@@ -42,17 +41,6 @@ class ResidualBlock(nn.Module):
         y = self.conv2(F.relu(self.norm2(y), inplace=True), neighbours)
         shortcut: Tensor = self.shortcut(x)
         return shortcut + y
-
-    @torch.no_grad()
-    def fold(self) -> None:
-        """Folds the second normalisation, as it stands in evaluation, into the first convolution."""
-        if isinstance(self.norm2, SiteNorm):
-            mean, variance = self.norm2.running_mean, self.norm2.running_var
-            assert mean is not None and variance is not None
-            scale = self.norm2.weight / (variance + self.norm2.eps).sqrt()
-            self.conv1.weight.mul_(scale)
-            self.conv1.bias = nn.Parameter(self.norm2.bias - mean * scale)
-            self.norm2 = nn.Identity()
 
 
 class Stage(nn.Module):
@@ -98,13 +86,6 @@ class SparseUNet(nn.Module):
         self.stem = SubmanifoldConv2d(in_channels, channels[0])
         self.stage = Stage(tuple(channels), blocks)
         self.norm = SiteNorm(channels[0])
-
-    def fold(self) -> SparseUNet:
-        """Folds what normalisation can be folded; for inference, in place, once the weights are loaded."""
-        for module in self.modules():
-            if isinstance(module, ResidualBlock):
-                module.fold()
-        return self
 
     def forward(self, x: Tensor, pyramid: Pyramid) -> Tensor:
         """[N_0, in_channels] to [N_0, C_0], both in the order of ``pyramid.levels[0]``."""

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def load_segmenter(values: Mapping[str, Value]) -> Segmenter:
-    """Builds what `decoder`, `model`, `refine`, `scale`, `device`, `precision` and `entropy_threshold` ask for.
+    """Builds what `decoder`, `model`, `refine`, `scale`, `device`, `precision`, ... ask for.
 
     Raises BundleError when the bundle is missing or corrupt, or decoder and model contradict each other, and
-    ParameterError when the device is not there or the threshold does not fit the bundle's classes.
+    ParameterError when device or sparse backend are not there or the threshold does not fit the bundle's classes.
     """
     import torch
 
@@ -42,6 +42,7 @@ def load_segmenter(values: Mapping[str, Value]) -> Segmenter:
         entropy_threshold=number_or_none(values["entropy_threshold"]),
         refine=refined,
         scale=number_or_none(values["scale"]),
+        sparse_backend=str(values["sparse_backend"]),
     )
 
 

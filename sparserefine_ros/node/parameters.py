@@ -145,6 +145,12 @@ PARAMETERS: tuple[Parameter, ...] = (
         choices=("fp32", "fp16", "bf16"),
     ),
     Parameter(
+        "sparse_backend",
+        AUTO,
+        "Engine of the refiner's sparse convolutions; auto = the fastest that runs here. torch runs anywhere.",
+        choices=(AUTO, "torch"),
+    ),
+    Parameter(
         "threads",
         0,
         "CPU threads of the networks; 0 = as many as torch takes by itself.",

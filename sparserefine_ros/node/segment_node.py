@@ -96,8 +96,8 @@ class SegmentNode(Node):
 
     def _description(self) -> str:
         s = self._segmenter
-        decoder = "sparserefine" if s.refines else "dense"
-        return f"model {s.bundle.name} ({decoder}, {len(s.classes)} classes) on {s.device}, {s.precision}"
+        decoder, engine = ("sparserefine", f", sparse backend {s.sparse_backend}") if s.refines else ("dense", "")
+        return f"model {s.bundle.name} ({decoder}, {len(s.classes)} classes) on {s.device}, {s.precision}{engine}"
 
     def _change(self, name: str, value: Value) -> None:
         """A live parameter change; raises ParameterError to refuse it."""

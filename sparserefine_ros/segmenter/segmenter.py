@@ -29,6 +29,7 @@ from sparserefine_ros.networks.registry import DENSE, REFINERS, build
 from sparserefine_ros.networks.selectors import nearest_index, upsample_nearest
 from sparserefine_ros.segmenter.bundle import Bundle, NetworkSpec, load_network
 from sparserefine_ros.segmenter.preprocess import low_resolution_size, normalise, normalise_pixels, resize
+from sparserefine_ros.sparse.backends import pick_backend
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STAGES = ("preprocess", "dense", "select", "refine", "merge")
@@ -61,10 +62,11 @@ class Segmenter:
         refine: None refines where the bundle has a refiner.
         scale: low resolution over native; None takes the bundle's. Scale 1 without refinement is the dense
             baseline, with the bundle's weights for native resolution where it has them.
+        sparse_backend: a name of ``sparse.backends``; "auto" takes the fastest that runs here.
 
     Raises:
         BundleError: weights do not fit, or ``refine=True`` without a refiner.
-        ParameterError: a value out of range, or a device that is not there.
+        ParameterError: a value out of range, or a device or sparse backend that is not there.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Segmenter:
         entropy_threshold: float | None = None,
         refine: bool | None = None,
         scale: float | None = None,
+        sparse_backend: str = "auto",
     ) -> None:
         self.bundle, self.classes = bundle, bundle.classes
         self.device = pick_device(device)
@@ -93,10 +96,12 @@ class Segmenter:
         dense = bundle.native if self.scale == 1 and bundle.native else bundle.dense
         self.dense: nn.Module = fold_batch_norm(self._load(DENSE, dense))
         self.dense = self.dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        backend = pick_backend(sparse_backend, self.device, PRECISIONS[precision])
+        self.sparse_backend = backend.name
         self.refiner: SparseRefiner | None = None
         if self.refines and bundle.refiner is not None:
             refiner: SparseRefiner = self._load(REFINERS, bundle.refiner)
-            refiner.unet.fold()
+            refiner.fuse(backend, PRECISIONS[precision])
             self.refiner = refiner
 
     def _load(self, table: Any, spec: NetworkSpec) -> Any:
