@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sparserefine_ros.errors import BundleError, FrameError, ParameterError
-from sparserefine_ros.networks.entropy import entropy
 from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.registry import DENSE, REFINERS, build
-from sparserefine_ros.networks.selectors import nearest_index, upsample_nearest
+from sparserefine_ros.networks.selectors import upsample_nearest
 from sparserefine_ros.segmenter.bundle import Bundle, NetworkSpec, load_network
+from sparserefine_ros.segmenter.head import Head, gather_initial
 from sparserefine_ros.segmenter.preprocess import low_resolution_size, normalise, normalise_pixels, resize
 from sparserefine_ros.sparse.backends import pick_backend
 
@@ -103,6 +103,7 @@ class Segmenter:
             refiner: SparseRefiner = self._load(REFINERS, bundle.refiner)
             refiner.fuse(backend, PRECISIONS[precision])
             self.refiner = refiner
+        self.head = Head(self.refiner)
 
     def _load(self, table: Any, spec: NetworkSpec) -> Any:
         try:
@@ -153,8 +154,8 @@ class Segmenter:
         with clock("dense"), self._autocast():
             logits = self.dense(x)  # [B, K, h, w]
         with clock("select"):
-            initial = initial_prediction(logits)
-            if not torch.isfinite(initial.entropy).all():
+            initial = self.head.initial(logits)
+            if not initial.finite:
                 raise FrameError(
                     f"the dense segmenter of bundle {self.bundle.name!r} gave logits that are not finite; "
                     f"check its weights, or try precision fp32 (now {self.precision})"
@@ -188,54 +189,18 @@ class Segmenter:
                 return
             native = torch.from_numpy(np.stack(images)).to(self.device)  # [B, H, W, 3]
             pixels = normalise_pixels(native.view(-1, 3)[sites.flat])  # [N, 3]
-            initial = gather_initial(logits, sites.sites, selected.shape[1:]).float()  # [N, K]
-            refined = self.refiner.refine(pixels, initial, pyramid)  # [N, K]
+            initial = gather_initial(logits, sites).float() if self.refiner.context else pixels[:, :0]  # [N, K]
+            features = self.refiner.features(pixels, initial, pyramid)  # [N, C]
         with clock("merge"):
-            for part in _chunks(len(sites), self.device):
-                final = self.refiner.ensembler(initial[part], refined[part].float())
-                top = final.softmax(1).max(1)
-                if not torch.isfinite(top.values).all():
-                    raise FrameError(
-                        f"the refiner of bundle {self.bundle.name!r} gave logits that are not finite; "
-                        f"check its weights, or try precision fp32 (now {self.precision})"
-                    )
-                mask.view(-1)[sites.flat[part]] = top.indices.to(torch.uint8)
-                confidence.view(-1)[sites.flat[part]] = (top.values * 255).round().to(torch.uint8)
+            if not self.head.merge(features, logits, sites, mask, confidence):
+                raise FrameError(
+                    f"the refiner of bundle {self.bundle.name!r} gave logits that are not finite; "
+                    f"check its weights, or try precision fp32 (now {self.precision})"
+                )
 
     def _autocast(self) -> Any:
         dtype = PRECISIONS[self.precision]
         return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype=dtype)
-
-
-@dataclass
-class Initial:
-    """The dense segmenter's prediction at low resolution."""
-
-    entropy: Tensor  # [B, h, w] nats
-    mask: Tensor  # [B, h, w] uint8
-    confidence: Tensor  # [B, h, w] uint8
-
-
-def initial_prediction(logits: Tensor) -> Initial:
-    """Entropy, class and confidence of ``logits`` [B, K, h, w], from one softmax that stays in cache."""
-    size = (len(logits), *logits.shape[2:])
-    rows = logits.permute(0, 2, 3, 1).reshape(-1, logits.shape[1])  # [B h w, K]; a view of channels-last logits
-    uncertainty = torch.empty(len(rows), device=logits.device)
-    mask, confidence = (torch.empty(len(rows), dtype=torch.uint8, device=logits.device) for _ in range(2))
-    for part in _chunks(len(rows), logits.device):
-        probabilities = rows[part].float().softmax(1)
-        uncertainty[part] = entropy(probabilities)
-        top = probabilities.max(1)
-        mask[part] = top.indices.to(torch.uint8)
-        confidence[part] = (top.values * 255).round().to(torch.uint8)
-    return Initial(uncertainty.view(size), mask.view(size), confidence.view(size))
-
-
-def gather_initial(logits: Tensor, sites: Tensor, size: Sequence[int]) -> Tensor:
-    """Initial logits [N, K] of ``sites`` [N, 3] (batch, row, column; native ``size``) from ``logits`` [B, K, h, w]."""
-    rows = nearest_index(logits.shape[2], size[0], logits.device)[sites[:, 1]]
-    columns = nearest_index(logits.shape[3], size[1], logits.device)[sites[:, 2]]
-    return logits.permute(0, 2, 3, 1)[sites[:, 0], rows, columns]
 
 
 def pick_device(name: str) -> torch.device:
@@ -262,13 +227,6 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
                 if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                     parent[i], parent[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
     return module
-
-
-def _chunks(rows: int, device: torch.device) -> Iterator[slice]:
-    """Slices of ``rows`` that a CPU core can hold in its cache; one slice on other devices."""
-    step = 8192 if device.type == "cpu" else max(rows, 1)
-    for start in range(0, rows, step):
-        yield slice(start, start + step)
 
 
 def _array(tensor: Tensor) -> np.ndarray:
