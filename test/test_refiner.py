@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.nn import functional as F
 
+from sparserefine_ros.benchmarks.dense_peer import DenseUNet
 from sparserefine_ros.networks.ensemblers import (
     DirectEnsembler,
     EntropyEnsembler,
@@ -32,7 +32,7 @@ from sparserefine_ros.networks.selectors import (
     RandomSelector,
     upsample_nearest,
 )
-from sparserefine_ros.networks.unet import SiteNorm, SparseUNet, Stage
+from sparserefine_ros.networks.unet import SiteNorm
 
 
 @pytest.mark.parametrize(("levels", "parameters"), [(4, 4_932_520), (5, 19_817_384), (6, 79_340_456)])
@@ -155,38 +155,6 @@ def test_plain_ensemblers_choose_as_they_say() -> None:
         build_ensembler("best", 3)
 
 
-def dense_unet(unet: SparseUNet, image: Tensor) -> Tensor:
-    """The same network on a full image in dense operations ("floor" strides, evaluation mode)."""
-
-    def weight(conv: torch.nn.Module) -> Tensor:  # [Cout, Cin, kh, kw]
-        return conv.weight.view(3, 3, *conv.weight.shape[1:]).permute(3, 2, 1, 0)
-
-    def act(norm: SiteNorm, x: Tensor) -> Tensor:
-        y = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
-        return F.relu(y)
-
-    def block(b: torch.nn.Module, x: Tensor) -> Tensor:
-        y = F.conv2d(act(b.norm1, x), weight(b.conv1), padding=1)
-        y = F.conv2d(act(b.norm2, y), weight(b.conv2), padding=1)
-        short = x if isinstance(b.shortcut, torch.nn.Identity) else F.conv2d(x, b.shortcut.weight[..., None, None])
-        return short + y
-
-    def stage(s: Stage, x: Tensor) -> Tensor:
-        for b in s.before:
-            x = block(b, x)
-        if s.inner is not None:
-            y = stage(s.inner, F.conv2d(act(s.norm_down, x), weight(s.down), stride=2, padding=1))
-            up = s.up.weight.view(3, 3, *s.up.weight.shape[1:]).permute(2, 3, 1, 0)  # [Cin, Cout, kh, kw]
-            y = F.conv_transpose2d(act(s.norm_up, y), up, stride=2, padding=1, output_padding=1)
-            x = torch.cat([x, y], 1)
-            for b in s.after:
-                x = block(b, x)
-        return x
-
-    x = F.conv2d(image, weight(unet.stem), padding=1)
-    return act(unet.norm, stage(unet.stage, x))
-
-
 def test_unet_on_a_full_image_equals_dense_convolutions() -> None:
     torch.manual_seed(0)
     refiner = SparseRefiner(5, (6, 8, 10), stride="floor", blocks=2).double().eval()
@@ -197,7 +165,7 @@ def test_unet_on_a_full_image_equals_dense_convolutions() -> None:
     image = torch.randn(2, 3, 12, 16, dtype=torch.float64)
     pyramid = refiner.pyramid(torch.ones(2, 12, 16, dtype=torch.bool))
     features = refiner.unet(pyramid.levels[0].gather(image), pyramid)
-    expected = dense_unet(refiner.unet, image)
+    expected = DenseUNet(refiner.unet)(image)
     torch.testing.assert_close(pyramid.levels[0].scatter(features), expected, rtol=1e-9, atol=1e-9)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-HELP = "measure: `bench bundle` compares HR dense, LR dense and LR + SparseRefine"
+HELP = "measure: `bench bundle` HR dense, LR dense and LR + SparseRefine, `bench sparse` sparse engines side by side"
 CARD_MARK = "<!-- table: {} -->"
 
 
@@ -22,9 +22,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bundle.add_argument("--precision", default="fp32", choices=("fp32", "fp16", "bf16"))
     bundle.add_argument("--json", type=Path, help="also save the figures here")
     bundle.add_argument("--card", action="store_true", help="write the table into the bundle's model card")
+    bundle.set_defaults(measure=run_bundle)
+    sparse = kinds.add_parser("sparse", help="the sparse U-Net on every engine and installed peer, in one run")
+    sparse.add_argument(
+        "--backends", nargs="+", metavar="NAME", help="ours first (default: the one that auto takes, torch)"
+    )
+    sparse.add_argument("--size", default="1024x2048", metavar="HxW", help="image (default: 1024x2048)")
+    sparse.add_argument("--density", type=float, default=0.118, help="share of selected pixels (default: 0.118)")
+    sparse.add_argument(
+        "--channels",
+        default="32,64,128,256,512",
+        help="widths by level (default: 32,64,128,256,512; 3 levels: 32,64,128)",
+    )
+    sparse.add_argument("--stride", default="dilate", choices=("dilate", "floor"))
+    sparse.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
+    sparse.add_argument("--precision", default="fp32", choices=("fp32", "fp16", "bf16"))
+    sparse.add_argument("--repeats", type=int, default=5, help="timed rounds (default: 5)")
+    sparse.add_argument("--no-peers", action="store_true", help="leave dense convolution and spconv out")
+    sparse.add_argument("--json", type=Path, help="also save the figures here")
+    sparse.add_argument("--plot", type=Path, help="also measure over density and image size, and draw it here")
+    sparse.set_defaults(measure=run_sparse)
 
 
 def run(args: argparse.Namespace) -> int:
+    result: int = args.measure(args)
+    return result
+
+
+def run_bundle(args: argparse.Namespace) -> int:
     from sparserefine_ros.datasets.splits import load_split
     from sparserefine_ros.evaluation.compare import compare, markdown, save_json
     from sparserefine_ros.segmenter.bundle import Bundle
@@ -38,6 +63,38 @@ def run(args: argparse.Namespace) -> int:
         save_json(table, args.json)
     if args.card:
         write_card(bundle.path / "README.md", text)
+    return 0
+
+
+def run_sparse(args: argparse.Namespace) -> int:
+    from sparserefine_ros.benchmarks.sparse import Case, measure, sweep
+    from sparserefine_ros.benchmarks.sparse_report import draw, markdown
+    from sparserefine_ros.errors import ParameterError
+    from sparserefine_ros.evaluation.compare import save_json
+    from sparserefine_ros.segmenter.segmenter import PRECISIONS, pick_device
+    from sparserefine_ros.sparse.backends import pick_backend
+
+    try:
+        height, width = map(int, args.size.split("x"))
+        channels = tuple(map(int, args.channels.split(",")))
+    except ValueError as error:
+        raise ParameterError(f"--size {args.size} --channels {args.channels}: give HxW and C,C,...") from error
+    device, dtype = pick_device(args.device), PRECISIONS[args.precision]
+    case = Case((height, width), args.density, channels, stride=args.stride, device=device, dtype=dtype)
+    backends = args.backends or list(dict.fromkeys((pick_backend("auto", device, dtype).name, "torch")))
+    if args.repeats < 1:
+        raise ParameterError(f"--repeats is {args.repeats}; give 1 or more")
+    try:
+        case.mask()
+    except ValueError as error:
+        raise ParameterError(str(error)) from error
+    result = measure(case, backends, args.repeats, peers=not args.no_peers)
+    print(markdown(result))
+    if args.plot:
+        result["sweep"] = sweep(case, backends[0], max(1, args.repeats // 2))
+        draw(result, result["sweep"], args.plot)
+    if args.json:
+        save_json(result, args.json)
     return 0
 
 

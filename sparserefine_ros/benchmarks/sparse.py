@@ -1,0 +1,272 @@
+"""The sparse U-Net on one mask: every engine and peer in turn, in one run.
+
+Times are medians over rounds in which every engine runs once, so that they share whatever the machine is doing. They
+include the neighbour maps, which a frame has to build too. Useful work is pairs of sites times channels: what padding,
+zeros or bounds cost counts as time, never as work.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from sparserefine_ros.benchmarks import spconv_peer
+from sparserefine_ros.benchmarks.dense_peer import DenseUNet
+from sparserefine_ros.benchmarks.masks import edge_mask
+from sparserefine_ros.networks.fused_unet import FusedUNet
+from sparserefine_ros.networks.unet import SparseUNet
+from sparserefine_ros.sparse import KernelMap, Pyramid
+from sparserefine_ros.sparse.backends import Backend, Output, pick_backend
+
+DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4)
+MEGAPIXELS = {0.5: (512, 1024), 2.1: (1024, 2048), 4.7: (1536, 3072), 8.4: (2048, 4096)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured. The defaults are the network of the paper's appendix on a Cityscapes frame."""
+
+    size: tuple[int, int] = (1024, 2048)
+    density: float = 0.118
+    channels: tuple[int, ...] = (32, 64, 128, 256, 512)
+    blocks: int = 2
+    stride: str = "dilate"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+
+    def unet(self) -> SparseUNet:
+        torch.manual_seed(0)
+        return SparseUNet(3, self.channels, self.blocks).eval().to(self.device)
+
+    def mask(self) -> Tensor:
+        return edge_mask(*self.size, self.density).to(self.device)
+
+    def colours(self, sites: int) -> Tensor:
+        return torch.randn(sites, 3, generator=torch.Generator().manual_seed(1)).to(self.device, self.dtype)
+
+
+class LevelTimer(Backend):
+    """Another backend, every layer timed by the level it works on."""
+
+    def __init__(self, backend: Backend, device: torch.device) -> None:
+        self.backend, self.device = backend, device
+        self.labels: dict[int, str] = {}
+        self.ms: dict[str, float] = defaultdict(float)
+        self.macs: dict[str, int] = defaultdict(int)
+        self._pairs: dict[int, int] = {}
+
+    def pyramid(self, mask: Tensor, levels: int, stride: str) -> Pyramid:
+        pyramid = self.backend.pyramid(mask, levels, stride)
+        self.labels = {id(m): f"level {level}" for level, m in enumerate(pyramid.submanifold)}
+        for level, m in enumerate(pyramid.strided):
+            self.labels[id(m)] = self.labels[id(m.transposed)] = f"between {level} and {level + 1}"
+        self._pairs = {}
+        return pyramid
+
+    def pack(self, weight: Tensor, shortcut: Tensor | None = None) -> Any:
+        return self.backend.pack(weight, shortcut)
+
+    def conv(
+        self,
+        x: Tensor,
+        packed: Any,
+        kernel_map: KernelMap,
+        outputs: Sequence[Output],
+        add: Tensor | None = None,
+        shortcut: Tensor | None = None,
+    ) -> None:
+        start = now(self.device)
+        self.backend.conv(x, packed, kernel_map, outputs, add=add, shortcut=shortcut)
+        label = self.labels[id(kernel_map)]
+        self.ms[label] += now(self.device) - start
+        pairs = self._pairs.setdefault(id(kernel_map), kernel_map.pairs)
+        cout = outputs[0].tensor.shape[1]
+        self.macs[label] += pairs * x.shape[1] * cout
+        if shortcut is not None:
+            self.macs[label] += shortcut.numel() * cout
+
+
+def measure(case: Case, backends: Sequence[str], repeats: int, peers: bool = True) -> dict[str, Any]:
+    """The table as plain data; ``backends[0]`` is ours, to which ratios refer.
+
+    Keys: ``case``, ``totals`` {name: ms}, ``maps`` {name: ms}, ``levels`` [{level, ms, gmac, gflops, share}],
+    ``ratios`` {gather_gemm, dense, spconv, torchsparse: time over ours, or None}, ``missing`` {peer: why},
+    ``peak_gflops``.
+    """
+    unet, mask = case.unet(), case.mask()
+    nets = {name: FusedUNet(unet, pick_backend(name, case.device, case.dtype), case.dtype) for name in backends}
+    x = case.colours(int(mask.sum()))
+    totals: dict[str, list[float]] = defaultdict(list)
+    maps: dict[str, list[float]] = defaultdict(list)
+    peaks, levels, macs = [], defaultdict(list), {}
+    timer = LevelTimer(nets[backends[0]].backend, case.device)
+    ours = nets[backends[0]]
+    with Progress() as progress, torch.inference_mode():
+        row = progress.add_task("engines in turn", total=repeats + 1)
+        for turn in range(repeats + 1):  # the first warms up
+            for name, net in nets.items():
+                start = now(case.device)
+                pyramid = net.backend.pyramid(mask, len(case.channels), case.stride)
+                built = now(case.device)
+                net(x, pyramid)
+                if turn:
+                    maps[name].append(built - start)
+                    totals[name].append(now(case.device) - start)
+            plain, ours.backend = ours.backend, timer
+            timer.ms.clear()
+            timer.macs.clear()
+            ours(x, timer.pyramid(mask, len(case.channels), case.stride))
+            ours.backend = plain
+            if turn:
+                peaks.append(matmul_gflops(case.device, case.dtype))
+                macs = dict(timer.macs)
+                for label, ms in timer.ms.items():
+                    levels[label].append(ms)
+            progress.advance(row)
+    median = {name: statistics.median(times) for name, times in totals.items()}
+    peak = statistics.median(peaks)
+    table = []
+    for label in sorted(levels, key=lambda name: (name.split()[1], name.startswith("between"))):
+        ms = statistics.median(levels[label])
+        gflops = 2 * macs[label] / ms / 1e6
+        table.append({"level": label, "ms": ms, "gmac": macs[label] / 1e9, "gflops": gflops, "share": gflops / peak})
+    result: dict[str, Any] = {
+        "case": {
+            "size": list(case.size), "density": case.density, "sites": len(x), "channels": list(case.channels),
+            "blocks": case.blocks, "stride": case.stride, "device": device_name(case.device),
+            "dtype": str(case.dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "repeats": repeats,
+            "torch": str(torch.__version__),
+        },
+        "ours": backends[0], "totals": median, "maps": {n: statistics.median(t) for n, t in maps.items()},
+        "levels": table, "gmac": sum(macs.values()) / 1e9, "peak_gflops": peak, "missing": {},
+    }  # fmt: skip
+    mine = median[backends[0]]
+    ratios: dict[str, float | None] = {"gather_gemm": median["torch"] / mine if "torch" in median else None}
+    if peers:
+        ratios["torchsparse"] = None
+        result["missing"]["torchsparse"] = "has no wheel, and its adapter is not written yet"
+        for name, peer in (("dense", dense_ms), ("spconv", spconv_ms)):
+            peer_ms, why = peer(case, unet, mask, x)
+            ratios[name] = None if peer_ms is None else peer_ms / mine
+            if peer_ms is None:
+                result["missing"][name] = why
+            else:
+                result["totals"][name] = peer_ms
+    return {**result, "ratios": ratios}
+
+
+def sweep(case: Case, backend: str, repeats: int) -> dict[str, list[dict[str, float]]]:
+    """Time of one backend over density at the case's size, and over image size at its density."""
+    from dataclasses import replace
+
+    cases = {
+        "density": [replace(case, density=d) for d in DENSITIES],
+        "size": [replace(case, size=size) for size in MEGAPIXELS.values()],
+    }
+    out: dict[str, list[dict[str, float]]] = {}
+    net = FusedUNet(case.unet(), pick_backend(backend, case.device, case.dtype), case.dtype)
+    with Progress() as progress, torch.inference_mode():
+        row = progress.add_task("over density and size", total=sum(map(len, cases.values())))
+        for name, group in cases.items():
+            out[name] = []
+            for one in group:
+                mask = one.mask()
+                x = one.colours(int(mask.sum()))
+                times = []
+                for _ in range(repeats + 1):
+                    start = now(case.device)
+                    net(x, net.backend.pyramid(mask, len(case.channels), case.stride))
+                    times.append(now(case.device) - start)
+                megapixels = one.size[0] * one.size[1] / 1e6
+                point = {"density": one.density, "megapixels": megapixels, "sites": float(len(x))}
+                out[name].append({**point, "ms": statistics.median(times[1:])})
+                progress.advance(row)
+    return out
+
+
+Peer = tuple[float | None, str]
+
+
+def dense_ms(case: Case, unet: SparseUNet, mask: Tensor, x: Tensor) -> Peer:
+    """One pass after one on a corner: on a CPU it takes half a minute."""
+    network = DenseUNet(unet.to(case.dtype))
+    image = torch.randn(1, 3, *case.size, device=case.device, dtype=case.dtype)
+    with torch.inference_mode():
+        network(image[..., :64, :64])
+        repeats = 1 if case.device.type == "cpu" else 20
+        times = [_timed(lambda: network(image), case.device) for _ in range(repeats)]
+    unet.float()
+    return statistics.median(times), ""
+
+
+def spconv_ms(case: Case, unet: SparseUNet, mask: Tensor, x: Tensor) -> Peer:
+    if not spconv_peer.installed():
+        return None, "not installed"
+    if case.stride != "dilate":
+        return None, "has no floor strides"
+    sites = Backend().pyramid(mask, 1, case.stride).levels[0]
+    if case.device.type == "cuda":
+        peer = spconv_peer.SpconvUNet(unet.to(case.dtype))
+        with torch.inference_mode():
+            times = [_timed(lambda: peer(x, sites), case.device) for _ in range(30)][10:]
+        unet.float()
+        return statistics.median(times), ""
+    with tempfile.TemporaryDirectory() as folder:
+        job, answer = Path(folder) / "job", Path(folder) / "answer"
+        state = {"state": unet.state_dict(), "channels": list(case.channels), "blocks": case.blocks}
+        torch.save({**state, "x": x, "sites": sites.sites, "shape": list(sites.shape)}, job)
+        done = subprocess.run(
+            [sys.executable, "-m", spconv_peer.__name__, str(job), str(answer)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            return None, f"failed: {done.stderr.strip().splitlines()[-1]}"
+        theirs = torch.load(answer, weights_only=True)["features"]
+    backend = Backend()
+    with torch.inference_mode():
+        mine = FusedUNet(unet, backend)(x, backend.pyramid(mask, len(case.channels), case.stride))
+    error = float((mine - theirs).abs().max() / theirs.abs().max())
+    if error > 1e-3:
+        return None, f"its result differs from ours by {error:.1e} of the largest value"
+    return float(done.stdout.split()[-1]), ""
+
+
+def now(device: torch.device) -> float:
+    """Milliseconds, once the device has done what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() * 1e3
+
+
+def _timed(call: Callable[[], Any], device: torch.device) -> float:
+    start = now(device)
+    call()
+    return now(device) - start
+
+
+def matmul_gflops(device: torch.device, dtype: torch.dtype, n: int = 1536) -> float:
+    """What the machine's own matrix product reaches at this moment."""
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    torch.mm(a, b)
+    return 2 * n**3 / min(_timed(lambda: torch.mm(a, b), device) for _ in range(3)) / 1e6
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")

@@ -1,0 +1,101 @@
+"""The benchmarks measure what they say: masks of the wanted density, work counted by hand, ratios of one run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparserefine_ros.benchmarks import spconv_peer
+from sparserefine_ros.benchmarks.masks import edge_mask
+from sparserefine_ros.benchmarks.sparse import Case, measure
+from sparserefine_ros.benchmarks.sparse_report import markdown
+from sparserefine_ros.networks.unet import SparseUNet
+from sparserefine_ros.sparse import Pyramid
+
+
+@pytest.mark.parametrize("density", [0.0, 0.118, 1.0])
+def test_edge_mask_has_its_density_and_is_made_of_blocks(density: float) -> None:
+    mask = edge_mask(64, 96, density)
+    assert float(mask.float().mean()) == pytest.approx(density, abs=1 / (32 * 48))
+    blocks = mask.view(1, 32, 2, 48, 2).float().mean((2, 4))
+    assert set(blocks.unique().tolist()) <= {0.0, 1.0}
+    assert torch.equal(mask, edge_mask(64, 96, density))
+
+
+def test_edge_mask_is_as_dense_in_neighbours_as_real_selections() -> None:
+    """8.14 of 9 neighbours are there at 11.8 %, the figure of the masks that real predictions give."""
+    pyramid = Pyramid.build(edge_mask(512, 1024, 0.118), 1)
+    assert pyramid.submanifold[0].pairs / len(pyramid.levels[0]) == pytest.approx(8.1, abs=0.4)
+
+
+@pytest.mark.parametrize(
+    ("size", "density", "message"), [((63, 96), 0.1, "63x96.*even"), ((64, 96), 1.5, "1.5.*0 to 1")]
+)
+def test_edge_mask_refuses(size: tuple[int, int], density: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        edge_mask(*size, density)
+
+
+def test_measured_work_is_pairs_times_channels() -> None:
+    case = Case((32, 64), 0.2, (4, 6), blocks=1, stride="floor")
+    result = measure(case, ["torch"], 1)
+    pyramid = Pyramid.build(case.mask(), 2, "floor")
+    fine, coarse, strided = (m.pairs for m in (*pyramid.submanifold, *pyramid.strided))
+    n = len(pyramid.levels[0])
+    expected = {
+        "level 0": fine * (3 * 4 + 4 * 4 + 4 * 4 + 8 * 4 + 4 * 4) + n * 8 * 4,
+        "between 0 and 1": strided * 2 * 4 * 6,
+        "level 1": coarse * 2 * 6 * 6,
+    }
+    assert {row["level"]: round(row["gmac"] * 1e9) for row in result["levels"]} == expected
+    for row in result["levels"]:
+        assert row["gflops"] == pytest.approx(2e3 * row["gmac"] / row["ms"])
+        assert row["share"] == pytest.approx(row["gflops"] / result["peak_gflops"])
+    assert result["ratios"]["gather_gemm"] == 1.0
+    assert result["ratios"]["dense"] == pytest.approx(result["totals"]["dense"] / result["totals"]["torch"])
+    assert result["ratios"]["torchsparse"] is None and "torchsparse" in result["missing"]
+    assert f"{result['totals']['dense']:.1f}" in markdown(result)
+
+
+@pytest.mark.skipif(not spconv_peer.installed(), reason="spconv is not installed")
+def test_spconv_gives_what_ours_gives(tmp_path: Path) -> None:
+    """Another implementation of the same semantics; on one thread in a process of its own."""
+    torch.manual_seed(0)
+    channels, mask = [6, 8, 10], edge_mask(40, 64, 0.3)
+    mask[:, -3:, -3:] = True  # the last coarse row and column exist in both, see "dilate" in `strided`
+    unet = SparseUNet(3, channels, 2).eval()
+    pyramid = Pyramid.build(mask, 3, "dilate")
+    x = torch.randn(len(pyramid.levels[0]), 3)
+    job = {"state": unet.state_dict(), "channels": channels, "blocks": 2, "x": x}
+    torch.save({**job, "sites": pyramid.levels[0].sites, "shape": [1, 40, 64]}, tmp_path / "job")
+    command = [sys.executable, "-m", spconv_peer.__name__, str(tmp_path / "job"), str(tmp_path / "answer")]
+    subprocess.run([*command, "--repeats", "1"], check=True, capture_output=True, env={"OMP_NUM_THREADS": "1"})
+    theirs = torch.load(tmp_path / "answer", weights_only=True)["features"]
+    torch.testing.assert_close(unet(x, pyramid), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_command_prints_saves_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    from sparserefine_ros import cli
+    from sparserefine_ros.benchmarks import sparse
+
+    monkeypatch.setattr(sparse, "DENSITIES", (0.1, 0.2))
+    monkeypatch.setattr(sparse, "MEGAPIXELS", {0.002: (32, 64), 0.008: (64, 128)})
+    arguments = ["bench", "sparse", "--size", "32x64", "--channels", "4,6", "--repeats", "1", "--no-peers"]
+    files = ["--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")]
+    assert cli.main([*arguments, "--backends", "torch", *files]) == 0
+    assert "| **torch** |" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "b.json").read_text())
+    assert saved["ratios"] == {"gather_gemm": 1.0} and len(saved["sweep"]["size"]) == 2
+    assert (tmp_path / "b.png").stat().st_size > 10_000
+    for bad, message in (
+        (["--size", "32"], "--size 32"),
+        (["--size", "33x64"], "even"),
+        (["--repeats", "0"], "1 or more"),
+    ):
+        assert cli.main([*arguments, *bad]) == 2
+        assert message in capsys.readouterr().err
