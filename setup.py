@@ -33,6 +33,8 @@ ROS_WHEELS = [  # one distribution, kilted, for machines where no ROS 2 environm
 ]
 TEST = ["pytest>=7", "hypothesis>=6", "torchmetrics>=1"]
 LINT = ["ruff>=0.6", "mypy>=1.10"]
+TRITON = ["triton>=3"]  # comes with the CUDA builds of torch for x86-64
+PEERS = ["spconv>=2.3"]  # to be measured beside ours
 
 setup(
     name=NAME,
@@ -42,7 +44,7 @@ setup(
     maintainer="SparseRefine ROS maintainers",
     maintainer_email="maintainers@sparserefine-ros.invalid",
     packages=find_packages(include=[NAME, f"{NAME}.*"]),
-    package_data={NAME: ["py.typed"]},
+    package_data={NAME: ["py.typed"], f"{NAME}.segmenter": ["*.c"], f"{NAME}.sparse.backends": ["*.c"]},
     python_requires=">=3.10",
     install_requires=[
         "setuptools",
@@ -50,13 +52,12 @@ setup(
         "opencv-python-headless>=4.5",
         "PyYAML>=5.4",
         "safetensors>=0.4",
-        "torch>=2.1",
+        "torch>=2.4",
         "rosbags>=0.11",
-        "rich>=12",
         "matplotlib>=3.5",
         "rich>=12",
     ],
-    extras_require={"ros": ROS_WHEELS, "test": TEST, "lint": LINT},
+    extras_require={"ros": ROS_WHEELS, "test": TEST, "lint": LINT, "triton": TRITON, "peers": PEERS},
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
         (SHARE, ["package.xml"]),

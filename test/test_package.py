@@ -36,6 +36,8 @@ ROSDEP: dict[str, str | None] = {
     "sensor_msgs": "sensor_msgs",
     "std_msgs": "std_msgs",
     "torch": "python3-torch",
+    "triton": None,
+    "spconv": None,
     "vision_msgs": "vision_msgs",
     "yaml": "python3-yaml",
 }
