@@ -44,7 +44,10 @@ setup(
     maintainer="SparseRefine ROS maintainers",
     maintainer_email="maintainers@sparserefine-ros.invalid",
     packages=find_packages(include=[NAME, f"{NAME}.*"]),
-    package_data={NAME: ["py.typed"], f"{NAME}.segmenter": ["*.c"], f"{NAME}.sparse.backends": ["*.c"]},
+    package_data={
+        NAME: ["py.typed"],
+        **{f"{NAME}.{room}": ["*.c"] for room in ("native", "segmenter", "sparse.backends")},
+    },
     python_requires=">=3.10",
     install_requires=[
         "setuptools",

@@ -37,6 +37,7 @@ class GatedEnsembler(nn.Module):
 
     def __init__(self, num_classes: int, hidden: int = 64) -> None:
         super().__init__()
+        self.hidden = hidden
         self.gate = nn.Sequential(nn.Linear(2 * (num_classes + 1), hidden), nn.ReLU(), nn.Linear(hidden, 2))
         self.fuse = nn.Sequential(nn.Linear(num_classes, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))
 

@@ -148,7 +148,7 @@ PARAMETERS: tuple[Parameter, ...] = (
         "sparse_backend",
         AUTO,
         "Engine of the refiner's sparse convolutions; auto = the fastest that runs here. torch runs anywhere.",
-        choices=(AUTO, "torch"),
+        choices=(AUTO, "torch", "cpu"),
     ),
     Parameter(
         "threads",

@@ -5,16 +5,26 @@ Shape shorthand: B images, K classes, C feature channels, H, W native size, h, w
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
-from dataclasses import dataclass
+from ctypes import c_int64, c_void_p
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparserefine_ros.native import NativeError, address, load, parallel
+from sparserefine_ros.networks.ensemblers import GatedEnsembler
 from sparserefine_ros.networks.entropy import entropy
 from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.selectors import nearest_index
 from sparserefine_ros.sparse import SiteSet
+
+KERNEL = Path(__file__).with_name("head_kernel.c")
+HIDDEN, MAX_CHANNELS = 64, 256  # what the kernel is written for
+CHUNK = 1024  # pixels a thread takes at a time
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,7 @@ class Initial:
     entropy: Tensor  # [B, h, w] float32, nats
     mask: Tensor  # [B, h, w] uint8
     confidence: Tensor  # [B, h, w] uint8, 255 times the largest probability
+    probabilities: Tensor | None  # [B, K, h, w] float32, for a refiner that reads them
     finite: bool  # False where logits were NaN or infinite
 
 
@@ -35,8 +46,8 @@ class Head:
 
     def initial(self, logits: Tensor) -> Initial:
         """Entropy, class and confidence of ``logits`` [B, K, h, w], from one softmax that stays in cache."""
-        rows = logits.permute(0, 2, 3, 1).reshape(-1, logits.shape[1])  # [B h w, K]; a view of channels-last logits
-        result = _empty(logits)
+        rows = _rows(logits)
+        result = _empty(logits, self.refiner is not None and self.refiner.context)
         uncertainty, mask, confidence = (t.view(-1) for t in (result.entropy, result.mask, result.confidence))
         for part in _chunks(len(rows), logits.device):
             probabilities = rows[part].float().softmax(1)
@@ -44,7 +55,9 @@ class Head:
             top = probabilities.max(1)
             mask[part] = top.indices.to(torch.uint8)
             confidence[part] = (top.values * 255).round().to(torch.uint8)
-        return Initial(result.entropy, result.mask, result.confidence, bool(torch.isfinite(uncertainty).all()))
+            if result.probabilities is not None:
+                _rows(result.probabilities)[part] = probabilities
+        return replace(result, finite=bool(torch.isfinite(uncertainty).all()))
 
     def merge(self, features: Tensor, logits: Tensor, sites: SiteSet, mask: Tensor, confidence: Tensor) -> bool:
         """Writes class and confidence of the selected pixels into ``mask`` and ``confidence`` [B, H, W] uint8.
@@ -64,18 +77,82 @@ class Head:
         return finite
 
 
-def gather_initial(logits: Tensor, sites: SiteSet, part: slice = slice(None)) -> Tensor:
-    """Initial logits [N, K] of ``part`` of the sites, from ``logits`` [B, K, h, w]."""
+class NativeHead(Head):
+    """The same in C, for float32 on a CPU and the gated ensembler: one pass over pixels that stay in registers."""
+
+    def __init__(self, refiner: SparseRefiner | None) -> None:
+        super().__init__(refiner)
+        self._library = load(KERNEL)
+        self._weights = {} if refiner is None else _merge_weights(refiner)
+
+    @staticmethod
+    def fits(refiner: SparseRefiner | None) -> bool:
+        """Whether the kernel can do this refiner's end. Raises NativeError where it cannot be compiled."""
+        load(KERNEL)
+        if refiner is None:
+            return True
+        ensembler = refiner.ensembler
+        gated = isinstance(ensembler, GatedEnsembler) and ensembler.hidden == HIDDEN
+        return gated and refiner.classifier.in_features <= MAX_CHANNELS
+
+    def initial(self, logits: Tensor) -> Initial:
+        logits = logits.float()
+        rows = _rows(logits)
+        result = _empty(logits, self.refiner is not None and self.refiner.context)
+        probabilities = None if result.probabilities is None else _rows(result.probabilities)
+        job = _InitialJob(
+            logits=rows.data_ptr(), pixel_stride=rows.stride(0), class_stride=rows.stride(1), classes=rows.shape[1],
+            entropy=result.entropy.data_ptr(), mask=result.mask.data_ptr(), confidence=result.confidence.data_ptr(),
+            probabilities=address(probabilities),
+        )  # fmt: skip
+        parallel(self._library, "sr_initial", job, len(rows), CHUNK)
+        return replace(result, finite=not job.broken)
+
+    def merge(self, features: Tensor, logits: Tensor, sites: SiteSet, mask: Tensor, confidence: Tensor) -> bool:
+        rows, features, low, flat = _rows(logits.float()), features.float(), low_rows(logits, sites), sites.flat
+        job = _MergeJob(
+            features=features.data_ptr(), feature_stride=features.stride(0), channels=features.shape[1],
+            logits=rows.data_ptr(), pixel_stride=rows.stride(0), class_stride=rows.stride(1), classes=rows.shape[1],
+            low=low.data_ptr(), flat=flat.data_ptr(), mask=mask.data_ptr(), confidence=confidence.data_ptr(),
+            **{name: weight.data_ptr() for name, weight in self._weights.items()},
+        )  # fmt: skip
+        parallel(self._library, "sr_merge", job, len(sites), CHUNK)
+        return not job.broken
+
+
+def build_head(refiner: SparseRefiner | None, device: torch.device) -> Head:
+    """The fastest that runs on ``device``."""
+    try:
+        return NativeHead(refiner) if device.type == "cpu" and NativeHead.fits(refiner) else Head(refiner)
+    except NativeError:
+        return Head(refiner)
+
+
+def low_rows(logits: Tensor, sites: SiteSet, part: slice = slice(None)) -> Tensor:
+    """[N] int64: the row of ``logits`` [B, K, h, w], as [B h w, K], over each of ``part`` of the sites."""
     batch, row, column = sites.sites[part].unbind(1)
     rows = nearest_index(logits.shape[2], sites.shape[1], logits.device)[row]
     columns = nearest_index(logits.shape[3], sites.shape[2], logits.device)[column]
-    return logits.permute(0, 2, 3, 1)[batch, rows, columns]
+    return (batch * logits.shape[2] + rows) * logits.shape[3] + columns
 
 
-def _empty(logits: Tensor) -> Initial:
-    size = (len(logits), *logits.shape[2:])
-    mask, confidence = (torch.empty(size, dtype=torch.uint8, device=logits.device) for _ in range(2))
-    return Initial(torch.empty(size, device=logits.device), mask, confidence, True)
+def gather_initial(logits: Tensor, sites: SiteSet, part: slice = slice(None)) -> Tensor:
+    """Initial logits, or probabilities, [N, K] of ``part`` of the sites, from [B, K, h, w]."""
+    return _rows(logits).index_select(0, low_rows(logits, sites, part))
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """[B, K, h, w] as [B h w, K]; a view of what is channels-last."""
+    return logits.permute(0, 2, 3, 1).reshape(-1, logits.shape[1])
+
+
+def _empty(logits: Tensor, with_probabilities: bool) -> Initial:
+    size, device = (len(logits), *logits.shape[2:]), logits.device
+    mask, confidence = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    probabilities = (
+        torch.empty(*size, logits.shape[1], device=device).permute(0, 3, 1, 2) if with_probabilities else None
+    )
+    return Initial(torch.empty(size, device=device), mask, confidence, probabilities, True)
 
 
 def _chunks(rows: int, device: torch.device) -> Iterator[slice]:
@@ -83,3 +160,42 @@ def _chunks(rows: int, device: torch.device) -> Iterator[slice]:
     step = 8192 if device.type == "cpu" else max(rows, 1)
     for start in range(0, rows, step):
         yield slice(start, start + step)
+
+
+class _InitialJob(ctypes.Structure):
+    """As ``struct initial`` in head_kernel.c."""
+
+    _fields_ = [
+        ("logits", c_void_p), ("pixel_stride", c_int64), ("class_stride", c_int64), ("classes", c_int64),
+        ("entropy", c_void_p), ("mask", c_void_p), ("confidence", c_void_p), ("probabilities", c_void_p),
+        ("broken", c_int64),
+    ]  # fmt: skip
+
+
+WEIGHTS = (
+    "classifier", "classifier_bias", "gate1", "gate1_bias", "gate2", "gate2_bias", "fuse1", "fuse1_bias", "fuse2",
+    "fuse2_bias",
+)  # fmt: skip
+
+
+class _MergeJob(ctypes.Structure):
+    """As ``struct merge`` in head_kernel.c."""
+
+    _fields_ = [
+        ("features", c_void_p), ("feature_stride", c_int64), ("channels", c_int64),
+        ("logits", c_void_p), ("pixel_stride", c_int64), ("class_stride", c_int64), ("classes", c_int64),
+        ("low", c_void_p), ("flat", c_void_p), ("mask", c_void_p), ("confidence", c_void_p), ("broken", c_int64),
+        *((name, c_void_p) for name in WEIGHTS),
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def _merge_weights(refiner: SparseRefiner) -> dict[str, Tensor]:
+    ensembler: Any = refiner.ensembler
+    gate1, _, gate2 = ensembler.gate
+    fuse1, _, fuse2 = ensembler.fuse
+    pairs = [(layer.weight.T, layer.bias) for layer in (refiner.classifier, gate1)]
+    pairs.append((gate2.weight[:1].T - gate2.weight[1:].T, gate2.bias[:1] - gate2.bias[1:]))
+    pairs += [(layer.weight.T, layer.bias) for layer in (fuse1, fuse2)]
+    tensors = [tensor.detach().float().contiguous() for pair in pairs for tensor in pair]
+    return dict(zip(WEIGHTS, tensors, strict=True))

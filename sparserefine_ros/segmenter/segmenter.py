@@ -27,7 +27,7 @@ from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.registry import DENSE, REFINERS, build
 from sparserefine_ros.networks.selectors import upsample_nearest
 from sparserefine_ros.segmenter.bundle import Bundle, NetworkSpec, load_network
-from sparserefine_ros.segmenter.head import Head, gather_initial
+from sparserefine_ros.segmenter.head import Initial, build_head, gather_initial
 from sparserefine_ros.segmenter.preprocess import low_resolution_size, normalise, normalise_pixels, resize
 from sparserefine_ros.sparse.backends import pick_backend
 
@@ -103,7 +103,7 @@ class Segmenter:
             refiner: SparseRefiner = self._load(REFINERS, bundle.refiner)
             refiner.fuse(backend, PRECISIONS[precision])
             self.refiner = refiner
-        self.head = Head(self.refiner)
+        self.head = build_head(self.refiner, self.device)
 
     def _load(self, table: Any, spec: NetworkSpec) -> Any:
         try:
@@ -165,7 +165,7 @@ class Segmenter:
         densities = [0.0] * len(images)
         if refine and self.refiner is not None:
             densities = selected.flatten(1).float().mean(1).tolist()
-            self._refine(images, logits, selected, mask, confidence, clock)
+            self._refine(images, logits, initial, selected, mask, confidence, clock)
         return [
             Segmentation(_array(mask[b]), _array(confidence[b]), _array(initial.entropy[b]), densities[b], clock.ms)
             for b in range(len(images))
@@ -175,6 +175,7 @@ class Segmenter:
         self,
         images: Sequence[np.ndarray],
         logits: Tensor,
+        initial: Initial,
         selected: Tensor,
         mask: Tensor,
         confidence: Tensor,
@@ -189,8 +190,8 @@ class Segmenter:
                 return
             native = torch.from_numpy(np.stack(images)).to(self.device)  # [B, H, W, 3]
             pixels = normalise_pixels(native.view(-1, 3)[sites.flat])  # [N, 3]
-            initial = gather_initial(logits, sites).float() if self.refiner.context else pixels[:, :0]  # [N, K]
-            features = self.refiner.features(pixels, initial, pyramid)  # [N, C]
+            context = None if initial.probabilities is None else gather_initial(initial.probabilities, sites)
+            features = self.refiner.features(pixels, context, pyramid)  # [N, C]
         with clock("merge"):
             if not self.head.merge(features, logits, sites, mask, confidence):
                 raise FrameError(

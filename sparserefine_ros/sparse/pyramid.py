@@ -37,10 +37,7 @@ class Pyramid:
         stride_mode: "dilate" or "floor", see `strided`.
         Raises ValueError for a mask of another shape or dtype, levels < 1, an unknown mode.
         """
-        if levels < 1:
-            raise ValueError(f"levels is {levels}: a pyramid has at least 1")
-        if stride_mode not in STRIDE_MODES:
-            raise ValueError(f"stride mode {stride_mode!r} is unknown: use one of {', '.join(STRIDE_MODES)}")
+        check_pyramid(levels, stride_mode)
         site_sets = [SiteSet.from_mask(mask)]
         maps = []
         for _ in range(levels - 1):
@@ -51,3 +48,11 @@ class Pyramid:
 
     def __len__(self) -> int:
         return len(self.levels)
+
+
+def check_pyramid(levels: int, stride_mode: str) -> None:
+    """Raises ValueError for fewer than one level or an unknown mode."""
+    if levels < 1:
+        raise ValueError(f"levels is {levels}: a pyramid has at least 1")
+    if stride_mode not in STRIDE_MODES:
+        raise ValueError(f"stride mode {stride_mode!r} is unknown: use one of {', '.join(STRIDE_MODES)}")

@@ -19,15 +19,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def check_mask(mask: Tensor) -> None:
+    """Raises ValueError where the mask is not three-dimensional or not bool."""
+    if mask.dim() != 3:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}: give [B, H, W] (one image: mask[None])")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask has dtype {mask.dtype}: give torch.bool (for example entropy > threshold)")
+
+
 def sites_from_mask(mask: Tensor) -> Tensor:
     """Active pixels of ``mask`` [B, H, W] bool, as [N, 3] int64 (batch, row, column), lexicographic.
 
     Raises ValueError where the mask is not three-dimensional or not bool.
     """
-    if mask.dim() != 3:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}: give [B, H, W] (one image: mask[None])")
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask has dtype {mask.dtype}: give torch.bool (for example entropy > threshold)")
+    check_mask(mask)
     return torch.nonzero(mask)
 
 
@@ -48,6 +53,13 @@ class SiteSet:
         sites = sites_from_mask(mask)
         batch, height, width = mask.shape
         return cls(sites, (batch, height, width))
+
+    @classmethod
+    def of(cls, sites: Tensor, shape: tuple[int, int, int], flat: Tensor, bordered_grid: Tensor) -> SiteSet:
+        """For who has computed ``flat`` and ``bordered_grid`` already."""
+        result = cls(sites, shape)
+        result.__dict__.update(flat=flat, bordered_grid=bordered_grid)  # where cached_property keeps them
+        return result
 
     def __len__(self) -> int:
         return self.sites.shape[0]

@@ -13,10 +13,11 @@ __all__ = ["BACKENDS", "Backend", "Output", "pick_backend"]
 
 BACKENDS = {
     "torch": "sparserefine_ros.sparse.backends.base:Backend",
+    "cpu": "sparserefine_ros.sparse.backends.cpu:CpuBackend",
 }
 """Where each engine lives; imported when first asked for."""
 
-PREFERRED = {"cpu": ("torch",), "cuda": ("torch",)}
+PREFERRED = {"cpu": ("cpu", "torch"), "cuda": ("torch",)}
 """What "auto" tries in turn, by device."""
 
 

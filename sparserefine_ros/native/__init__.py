@@ -1,0 +1,120 @@
+"""Small C kernels, compiled on first use with the machine's own compiler and called through ctypes.
+
+No torch headers, no build step: a kernel is one C file beside the Python that calls it, compiled in a second or two for
+this very CPU and kept in the user's cache. Where there is no compiler, callers fall back to torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparserefine_ros.errors import SparseRefineError
+
+FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
+PARALLEL = Path(__file__).with_name("parallel.c")
+
+
+class NativeError(SparseRefineError):
+    """A kernel cannot be compiled or loaded here; the text says why and what would help."""
+
+
+@cache
+def load(source: Path) -> ctypes.CDLL:
+    """The library of one C file. Raises NativeError where it cannot be had.
+
+    Compiled once for each source, compiler and CPU. Processes that compile at the same time do not disturb each other.
+    """
+    compiler = _compiler()
+    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    command = [*compiler, *FLAGS, native]
+    key = hashlib.sha256("\0".join([source.read_text(), *command, _version(tuple(compiler)), _cpu()]).encode())
+    library = cache_folder() / f"{source.stem}-{key.hexdigest()[:16]}.so"
+    if not library.exists():
+        _compile(command, source, library)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise NativeError(f"cannot load {library}: {error}; remove that file and try again") from error
+
+
+def parallel(library: ctypes.CDLL, function: str, argument: ctypes.Structure, n: int, chunk: int) -> None:
+    """Runs ``void function(argument *, int64_t first, int64_t last)`` over 0..n, on as many threads as torch uses."""
+    call = load(PARALLEL).sr_parallel
+    call(
+        ctypes.cast(getattr(library, function), ctypes.c_void_p), ctypes.byref(argument), ctypes.c_int64(n),
+        ctypes.c_int64(chunk), ctypes.c_int64(torch.get_num_threads()),
+    )  # fmt: skip
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's data starts, or NULL."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/sparserefine_ros, by default under ~/.cache; a temporary folder where that cannot be written."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    folder = (Path(base) if base else Path.home() / ".cache") / "sparserefine_ros"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return _temporary_folder()
+    return folder if os.access(folder, os.W_OK) else _temporary_folder()
+
+
+@cache
+def _temporary_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="sparserefine_ros-"))
+
+
+def _compiler() -> list[str]:
+    wanted = os.environ.get("CC", "").split()
+    for candidate in [wanted] if wanted else [["cc"], ["gcc"], ["clang"]]:
+        if shutil.which(candidate[0]):
+            return candidate
+    name = " ".join(wanted) or "cc, gcc or clang"
+    raise NativeError(f"no C compiler: {name} not found; install gcc or clang (Debian: apt install gcc libc6-dev)")
+
+
+@cache
+def _version(compiler: tuple[str, ...]) -> str:
+    done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
+    return done.stdout
+
+
+@cache
+def _cpu() -> str:
+    """What -march=native depends on."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    kept = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in text.splitlines() if line.startswith(kept)}))
+
+
+def _compile(command: list[str], source: Path, library: Path) -> None:
+    handle, partial = tempfile.mkstemp(prefix=f".{library.stem}-", dir=library.parent)
+    os.close(handle)
+    try:
+        done = subprocess.run(
+            [*command, "-o", partial, str(source), "-lm"], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
+            reason = lines[0] if lines else f"exit status {done.returncode}"
+            raise NativeError(f"{command[0]} cannot compile {source.name}: {reason}; install gcc and libc6-dev")
+        Path(partial).replace(library)
+    finally:
+        Path(partial).unlink(missing_ok=True)

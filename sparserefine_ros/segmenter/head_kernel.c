@@ -1,0 +1,204 @@
+// The per-pixel ends of the pipeline on a CPU: what the dense segmenter says of a pixel, and how it is blended with
+// what the refiner says. Both are a few hundred to a few thousand operations on a handful of numbers; in library calls
+// each of those numbers would travel through memory a dozen times. Here LANES pixels are worked on at once, one a
+// vector lane, and everything between their logits and their class stays in registers and first-level cache.
+//
+// Shape shorthand: K classes, C feature channels, HIDDEN width of the ensembler's perceptrons.
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#define MAX_CLASSES 255
+#define MAX_CHANNELS 256
+#define HIDDEN 64
+#define BLOCK 8  // hidden units computed side by side
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+
+static inline vec splat(float x) { return x - (vec){0}; }
+static inline ivec isplat(int32_t x) { return x - (ivec){0}; }
+static inline vec choose(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
+static inline vec larger(vec a, vec b) { return choose(a > b, a, b); }
+
+// e^x for x <= 0: 2^n e^r with |r| <= ln 2 / 2, e^r by its Taylor polynomial of degree 7 (relative error < 2e-7).
+static inline vec exp_negative(vec x) {
+    const vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
+    x = larger(x, splat(-87.0f));
+    vec shifted = x * 1.44269504f + magic;
+    vec n = shifted - magic;
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec y = splat(1.0f / 5040);
+    y = y * r + 1.0f / 720;
+    y = y * r + 1.0f / 120;
+    y = y * r + 1.0f / 24;
+    y = y * r + 1.0f / 6;
+    y = y * r + 0.5f;
+    y = y * r + 1.0f;
+    y = y * r + 1.0f;
+    return (vec)((ivec)y + (((ivec)shifted - (ivec)magic) << 23));
+}
+
+// ln x for 1 <= x < 2^8: exponent * ln 2 + 2 atanh(t), t = (m - 1) / (m + 1), m in [0.7, 1.4] (absolute error < 3e-7).
+static inline vec log_of_sum(vec x) {
+    ivec exponent = (((ivec)x - 0x3f3504f3) >> 23);
+    vec m = (vec)((ivec)x - (exponent << 23));
+    vec t = (m - 1.0f) / (m + 1.0f), s = t * t;
+    vec y = splat(2.0f / 9);
+    y = y * s + 2.0f / 7;
+    y = y * s + 2.0f / 5;
+    y = y * s + 2.0f / 3;
+    y = y * s + 2.0f;
+    return y * t + __builtin_convertvector(exponent, vec) * 0.693147181f;
+}
+
+// Probabilities and entropy of LANES pixels, the largest logit and its class; returns the largest probability. What is
+// not finite goes through to the entropy.
+static inline vec softmax(const vec *logits, int classes, vec *p, vec *entropy, vec *best, ivec *which) {
+    vec top = logits[0];
+    ivec index = isplat(0);
+    for (int k = 1; k < classes; k++) {
+        ivec higher = logits[k] > top;  // strictly: of equal classes the first wins
+        top = choose(higher, logits[k], top);
+        index = (higher & isplat(k)) | (~higher & index);
+    }
+    vec sum = splat(0), weighted = splat(0);
+    for (int k = 0; k < classes; k++) {
+        vec below = logits[k] - top, e = exp_negative(below);
+        e = choose(below <= 0, e, below);  // NaN compares false
+        p[k] = e;
+        sum += e;
+        weighted += e * larger(below, splat(-87.0f));
+    }
+    vec inverse = 1.0f / sum;
+    for (int k = 0; k < classes; k++) p[k] *= inverse;
+    *entropy = larger(log_of_sum(sum) - weighted * inverse, splat(0)) + (sum - sum);
+    *best = top;
+    *which = index;
+    return inverse;
+}
+
+// hidden[HIDDEN] = relu(bias + inputs @ weight), weight [inputs, HIDDEN].
+static inline void perceptron(const vec *inputs, int count, const float *weight, const float *bias, vec *hidden) {
+    for (int j = 0; j < HIDDEN; j += BLOCK) {
+        vec sums[BLOCK];
+        for (int i = 0; i < BLOCK; i++) sums[i] = splat(bias[j + i]);
+        for (int k = 0; k < count; k++) {
+            const float *row = weight + (size_t)k * HIDDEN + j;
+            vec x = inputs[k];
+            for (int i = 0; i < BLOCK; i++) sums[i] += x * row[i];
+        }
+        for (int i = 0; i < BLOCK; i++) hidden[j + i] = choose(sums[i] < 0, splat(0), sums[i]);  // a NaN stays
+    }
+}
+
+// outputs[count] = bias + inputs @ weight, weight [inputs, count].
+static inline void linear(
+    const vec *inputs, int inputs_count, const float *weight, const float *bias, vec *outputs, int count
+) {
+    for (int k = 0; k < count; k += BLOCK) {
+        int width = count - k < BLOCK ? count - k : BLOCK;
+        vec sums[BLOCK];
+        for (int i = 0; i < width; i++) sums[i] = splat(bias[k + i]);
+        if (width == BLOCK) {
+            for (int j = 0; j < inputs_count; j++)
+                for (int i = 0; i < BLOCK; i++) sums[i] += inputs[j] * weight[(size_t)j * count + k + i];
+        } else {
+            for (int j = 0; j < inputs_count; j++)
+                for (int i = 0; i < width; i++) sums[i] += inputs[j] * weight[(size_t)j * count + k + i];
+        }
+        for (int i = 0; i < width; i++) outputs[k + i] = sums[i];
+    }
+}
+
+static inline uint8_t byte_of(float probability) { return (uint8_t)(probability * 255.0f + 0.5f); }
+
+struct initial {
+    const float *logits;  // element pixel * pixel_stride + k * class_stride
+    int64_t pixel_stride, class_stride, classes;
+    float *entropy;  // nats
+    uint8_t *mask, *confidence;
+    float *probabilities;  // [pixels, K], or NULL
+    int64_t broken;        // becomes 1 where an entropy is not finite
+};
+
+void sr_initial(struct initial *job, int64_t begin, int64_t end) {
+    const int classes = (int)job->classes;
+    vec y[MAX_CLASSES], p[MAX_CLASSES], e, best;
+    ivec which;
+    for (int64_t at = begin; at < end; at += LANES) {
+        int count = end - at < LANES ? (int)(end - at) : LANES;
+        for (int i = 0; i < LANES; i++) {
+            const float *from = job->logits + (at + (i < count ? i : 0)) * job->pixel_stride;
+            for (int k = 0; k < classes; k++) y[k][i] = from[k * job->class_stride];
+        }
+        vec top = softmax(y, classes, p, &e, &best, &which);
+        for (int i = 0; i < count; i++) {
+            job->entropy[at + i] = e[i];
+            job->mask[at + i] = (uint8_t)which[i];
+            job->confidence[at + i] = byte_of(top[i]);
+            if (!(e[i] - e[i] == 0)) job->broken = 1;
+        }
+        if (job->probabilities)
+            for (int i = 0; i < count; i++)
+                for (int k = 0; k < classes; k++) job->probabilities[(at + i) * classes + k] = p[k][i];
+    }
+}
+
+struct merge {
+    const float *features;  // element pixel * feature_stride + channel
+    int64_t feature_stride, channels;
+    const float *logits;
+    int64_t pixel_stride, class_stride, classes;
+    const int64_t *low, *flat;  // each selected pixel's place in logits, and in mask and confidence
+    uint8_t *mask, *confidence;
+    int64_t broken;
+    // Weights, all [inputs, outputs], row by row.
+    const float *classifier, *classifier_bias;  // [C, K], [K]
+    const float *gate1, *gate1_bias;            // [2 (K + 1), HIDDEN], [HIDDEN]
+    const float *gate2, *gate2_bias;            // [HIDDEN, 1], [1]: the first output less the second
+    const float *fuse1, *fuse1_bias;            // [K, HIDDEN], [HIDDEN]
+    const float *fuse2, *fuse2_bias;            // [HIDDEN, K], [K]
+};
+
+// The classifier on the features of selected pixels begin..end, the gated ensembler (Eq. 1), class and probability.
+void sr_merge(struct merge *job, int64_t begin, int64_t end) {
+    const int classes = (int)job->classes, channels = (int)job->channels;
+    vec evidence[2 * MAX_CLASSES + 2], x[MAX_CHANNELS], y1[MAX_CLASSES], y2[MAX_CLASSES], y[MAX_CLASSES];
+    vec hidden[HIDDEN], best, entropy;
+    ivec which;
+    for (int64_t at = begin; at < end; at += LANES) {
+        int count = end - at < LANES ? (int)(end - at) : LANES;
+        for (int i = 0; i < LANES; i++) {
+            int64_t row = at + (i < count ? i : 0);
+            const float *from = job->features + row * job->feature_stride;
+            const float *initial = job->logits + job->low[row] * job->pixel_stride;
+            for (int c = 0; c < channels; c++) x[c][i] = from[c];
+            for (int k = 0; k < classes; k++) y1[k][i] = initial[k * job->class_stride];
+        }
+        linear(x, channels, job->classifier, job->classifier_bias, y2, classes);
+        softmax(y1, classes, evidence, evidence + classes, &best, &which);
+        softmax(y2, classes, evidence + classes + 1, evidence + 2 * classes + 1, &best, &which);
+        perceptron(evidence, 2 * (classes + 1), job->gate1, job->gate1_bias, hidden);
+        vec difference = splat(job->gate2_bias[0]);  // softmax over two outputs: a sigmoid of their difference
+        for (int j = 0; j < HIDDEN; j++) difference += hidden[j] * job->gate2[j];
+        vec small = exp_negative(-choose(difference > 0, difference, -difference));  // e^-|d|
+        vec w1 = choose(difference > 0, splat(1), small) / (1.0f + small);
+        for (int k = 0; k < classes; k++) y[k] = w1 * y1[k] + (1.0f - w1) * y2[k];
+        perceptron(y, classes, job->fuse1, job->fuse1_bias, hidden);
+        linear(hidden, HIDDEN, job->fuse2, job->fuse2_bias, y, classes);
+        vec top = softmax(y, classes, y2, &entropy, &best, &which);
+        for (int i = 0; i < count; i++) {
+            job->mask[job->flat[at + i]] = (uint8_t)which[i];
+            job->confidence[job->flat[at + i]] = byte_of(top[i]);
+            if (!(entropy[i] - entropy[i] == 0)) job->broken = 1;
+        }
+    }
+}

@@ -1,0 +1,108 @@
+"""The per-pixel ends in C give what the plain formulation gives in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparserefine_ros.networks.entropy import entropy
+from sparserefine_ros.networks.refiner import SparseRefiner
+from sparserefine_ros.networks.selectors import upsample_nearest
+from sparserefine_ros.segmenter.head import Head, NativeHead, build_head, gather_initial
+from sparserefine_ros.sparse import SiteSet
+
+CPU = torch.device("cpu")
+TIE = 1e-5  # probabilities closer than this may swap places by rounding
+
+
+def build(classes: int, channels: int = 16, context: bool = False) -> SparseRefiner:
+    torch.manual_seed(classes)
+    refiner = SparseRefiner(classes, (channels,), context=context).eval()
+    for parameter in refiner.ensembler.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return refiner
+
+
+def logits_of(classes: int, layout: str, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.tensor([0.1, 3.0, 40.0, 500.0])  # from undecided to sure beyond what exp can tell
+    logits = torch.randn(2, classes, 13, 20, generator=generator) * spread[torch.arange(20) % 4]
+    return logits.to(memory_format=torch.channels_last) if layout == "channels_last" else logits
+
+
+def agrees(mask: Tensor, confidence: Tensor, expected: Tensor) -> None:
+    """``expected`` are probabilities [n, K] in float64."""
+    best = expected.max(1)
+    chosen = expected.gather(1, mask.long()[:, None])[:, 0]
+    assert float((best.values - chosen).max()) <= TIE
+    assert float((confidence.double() - 255 * best.values).abs().max()) <= 0.5 + 255 * TIE
+
+
+@pytest.mark.parametrize("kind", [Head, NativeHead])
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("classes", [2, 3, 11, 19, 33, 255])
+def test_initial_prediction(kind: type[Head], layout: str, classes: int) -> None:
+    logits = logits_of(classes, layout)
+    result = kind(build(classes, context=True)).initial(logits)
+    p = logits.double().softmax(1)
+    assert result.finite and result.probabilities is not None
+    torch.testing.assert_close(result.entropy.double(), entropy(p, 1), rtol=0, atol=2e-6)
+    torch.testing.assert_close(result.probabilities.double(), p, rtol=1e-4, atol=1e-6)
+    rows = p.permute(0, 2, 3, 1).reshape(-1, classes)
+    agrees(result.mask.view(-1), result.confidence.view(-1), rows)
+    assert kind(build(classes)).initial(logits).probabilities is None
+
+
+@pytest.mark.parametrize("kind", [Head, NativeHead])
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize(("classes", "channels"), [(2, 4), (11, 16), (19, 33), (255, 8)])
+@pytest.mark.parametrize("selected", [0, 1, 17, 600])
+def test_merge(kind: type[Head], layout: str, classes: int, channels: int, selected: int) -> None:
+    refiner, logits = build(classes, channels), logits_of(classes, layout)
+    size = (2, 26, 40)
+    chosen = torch.zeros(size, dtype=torch.bool)
+    chosen.view(-1)[torch.randperm(chosen.numel(), generator=torch.Generator().manual_seed(1))[:selected]] = True
+    sites = SiteSet.from_mask(chosen)
+    features = torch.randn(selected, channels + 3, generator=torch.Generator().manual_seed(2))[:, :channels]
+    mask, confidence = (torch.full(size, 77, dtype=torch.uint8) for _ in range(2))
+    with torch.no_grad():
+        assert kind(refiner).merge(features, logits, sites, mask, confidence)
+        refiner.double()
+        initial = upsample_nearest(logits, size[1:]).permute(0, 2, 3, 1)[chosen].double()
+        torch.testing.assert_close(gather_initial(logits, sites).double(), initial, rtol=0, atol=0)
+        expected = refiner.ensembler(initial, refiner.classifier(features.double())).softmax(1)
+    if selected:
+        agrees(mask[chosen], confidence[chosen], expected)
+    assert (mask[~chosen] == 77).all() and (confidence[~chosen] == 77).all()
+
+
+@pytest.mark.parametrize("kind", [Head, NativeHead])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_told(kind: type[Head], value: float) -> None:
+    refiner, logits = build(5, 4), logits_of(5, "channels_last")
+    logits[1, :, 3, 4] = value
+    assert not kind(refiner).initial(logits).finite
+    sites = SiteSet.from_mask(torch.ones(2, 13, 20, dtype=torch.bool))
+    mask = torch.zeros(2, 13, 20, dtype=torch.uint8)
+    with torch.no_grad():
+        assert not kind(refiner).merge(torch.zeros(len(sites), 4), logits, sites, mask, mask.clone())
+
+
+def test_threads_do_not_change_the_result() -> None:
+    logits, before = logits_of(19, "channels_last"), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(NativeHead(None).initial(logits))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert torch.equal(other.entropy, results[0].entropy) and torch.equal(other.mask, results[0].mask)
+
+
+def test_the_kernel_is_taken_where_it_fits() -> None:
+    assert isinstance(build_head(build(11), CPU), NativeHead)
+    for unfit in (SparseRefiner(3, (4,), ensembler="entropy"), SparseRefiner(3, (300,))):
+        assert type(build_head(unfit, CPU)) is Head

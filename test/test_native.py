@@ -1,0 +1,141 @@
+"""C kernels are compiled once, say what is missing, and run in parallel without a trace of it."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import stat
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparserefine_ros import native
+from sparserefine_ros.native import NativeError, load, parallel
+from sparserefine_ros.networks.refiner import SparseRefiner
+from sparserefine_ros.segmenter.head import NativeHead, build_head
+from sparserefine_ros.sparse.backends import pick_backend
+
+CPU = torch.device("cpu")
+COUNT = """#include <stdint.h>
+struct job { int64_t n; int64_t *seen; };
+void mark(struct job *job, int64_t first, int64_t last) { for (int64_t i = first; i < last; i++) job->seen[i] += i; }
+"""
+
+
+class Job(ctypes.Structure):
+    _fields_ = [("n", ctypes.c_int64), ("seen", ctypes.c_void_p)]
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache folder, and nothing loaded yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    load.cache_clear()
+    native._version.cache_clear()
+    yield tmp_path / "cache" / "sparserefine_ros"
+    load.cache_clear()
+    native._version.cache_clear()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    (tmp_path / "mark.c").write_text(COUNT)
+    return tmp_path / "mark.c"
+
+
+def mark(library: ctypes.CDLL, n: int, chunk: int) -> torch.Tensor:
+    seen = torch.zeros(max(n, 1), dtype=torch.int64)
+    parallel(library, "mark", Job(n, seen.data_ptr()), n, chunk)
+    return seen[:n]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(("n", "chunk"), [(0, 4), (1, 4), (4, 4), (1001, 7), (100_000, 1000)])
+def test_every_index_is_visited_once(source: Path, threads: int, n: int, chunk: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        library = load(source)
+        for _ in range(20):
+            assert torch.equal(mark(library, n, chunk), torch.arange(n))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_callers_at_the_same_time_do_not_mix(source: Path) -> None:
+    library, results = load(source), []
+
+    def call() -> None:
+        results.extend(torch.equal(mark(library, 5000, 64), torch.arange(5000)) for _ in range(50))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [True] * 200
+
+
+def _in_child(source: Path, queue: multiprocessing.Queue) -> None:
+    queue.put(torch.equal(mark(load(source), 5000, 64), torch.arange(5000)))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_starts_threads_of_its_own(source: Path) -> None:
+    mark(load(source), 5000, 64)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_child, args=(source, queue))
+    child.start()
+    assert queue.get(timeout=20)
+    child.join(20)
+    assert child.exitcode == 0
+
+
+def test_a_library_is_compiled_once_for_its_source(own_cache: Path, source: Path) -> None:
+    load(source)
+    (first,) = own_cache.iterdir()
+    load.cache_clear()
+    load(source)
+    assert list(own_cache.iterdir()) == [first]
+    source.write_text(COUNT + "int more;\n")
+    load.cache_clear()
+    load(source)
+    assert len(list(own_cache.iterdir())) == 2
+
+
+def test_without_a_compiler_torch_takes_over(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(own_cache))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(NativeError, match="no C compiler: cc, gcc or clang not found; install"):
+        load(native.PARALLEL)
+    assert pick_backend("auto", CPU).name == "torch"
+    assert not isinstance(build_head(SparseRefiner(3, (4,)), CPU), NativeHead)
+    monkeypatch.setenv("CC", "no-such-compiler -m64")
+    with pytest.raises(NativeError, match="no-such-compiler -m64 not found"):
+        load(native.PARALLEL)
+
+
+def test_source_that_does_not_compile_is_reported_and_leaves_nothing(own_cache: Path, source: Path) -> None:
+    source.write_text("int broken = ;\n")
+    with pytest.raises(NativeError, match="cannot compile mark.c: .*error"):
+        load(source)
+    assert list(own_cache.iterdir()) == []
+
+
+def test_a_damaged_library_is_named(own_cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_compile", lambda command, source, library: library.write_bytes(b"no library"))
+    with pytest.raises(NativeError, match=f"cannot load {own_cache}/mark-.*remove that file"):
+        load(source)
+
+
+def test_a_cache_that_cannot_be_written_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    folder = native.cache_folder()
+    assert folder.is_dir() and stat.S_IMODE(folder.stat().st_mode) == 0o700
