@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compiler import needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from sparserefine_ros.sparse import Pyramid, SiteSet
 from sparserefine_ros.sparse.backends import Backend, Output, pick_backend
 
+pytestmark = needs_compiler
 CPU = torch.device("cpu")
 MASKS = {
     "empty": torch.zeros(1, 6, 7, dtype=torch.bool),

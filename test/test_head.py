@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compiler import needs_compiler
 from torch import Tensor
 
 from sparserefine_ros.networks.entropy import entropy
@@ -13,6 +14,7 @@ from sparserefine_ros.segmenter.head import Head, NativeHead, build_head, gather
 from sparserefine_ros.sparse import SiteSet
 
 CPU = torch.device("cpu")
+KINDS = [Head, pytest.param(NativeHead, marks=needs_compiler)]
 TIE = 1e-5  # probabilities closer than this may swap places by rounding
 
 
@@ -39,7 +41,7 @@ def agrees(mask: Tensor, confidence: Tensor, expected: Tensor) -> None:
     assert float((confidence.double() - 255 * best.values).abs().max()) <= 0.5 + 255 * TIE
 
 
-@pytest.mark.parametrize("kind", [Head, NativeHead])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 @pytest.mark.parametrize("classes", [2, 3, 11, 19, 33, 255])
 def test_initial_prediction(kind: type[Head], layout: str, classes: int) -> None:
@@ -54,7 +56,7 @@ def test_initial_prediction(kind: type[Head], layout: str, classes: int) -> None
     assert kind(build(classes)).initial(logits).probabilities is None
 
 
-@pytest.mark.parametrize("kind", [Head, NativeHead])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 @pytest.mark.parametrize(("classes", "channels"), [(2, 4), (11, 16), (19, 33), (255, 8)])
 @pytest.mark.parametrize("selected", [0, 1, 17, 600])
@@ -77,7 +79,7 @@ def test_merge(kind: type[Head], layout: str, classes: int, channels: int, selec
     assert (mask[~chosen] == 77).all() and (confidence[~chosen] == 77).all()
 
 
-@pytest.mark.parametrize("kind", [Head, NativeHead])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_is_told(kind: type[Head], value: float) -> None:
     refiner, logits = build(5, 4), logits_of(5, "channels_last")
@@ -89,6 +91,7 @@ def test_what_is_not_finite_is_told(kind: type[Head], value: float) -> None:
         assert not kind(refiner).merge(torch.zeros(len(sites), 4), logits, sites, mask, mask.clone())
 
 
+@needs_compiler
 def test_threads_do_not_change_the_result() -> None:
     logits, before = logits_of(19, "channels_last"), torch.get_num_threads()
     results = []
@@ -102,7 +105,23 @@ def test_threads_do_not_change_the_result() -> None:
         assert torch.equal(other.entropy, results[0].entropy) and torch.equal(other.mask, results[0].mask)
 
 
+@needs_compiler
 def test_the_kernel_is_taken_where_it_fits() -> None:
     assert isinstance(build_head(build(11), CPU), NativeHead)
     for unfit in (SparseRefiner(3, (4,), ensembler="entropy"), SparseRefiner(3, (300,))):
         assert type(build_head(unfit, CPU)) is Head
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_networks_end_in_float32(kind: type[Head]) -> None:
+    refiner, logits = build(5, 4), logits_of(5, "channels_last")
+    sites = SiteSet.from_mask(torch.ones(2, 13, 20, dtype=torch.bool))
+    features = torch.randn(len(sites), 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    masks = []
+    for values, given in ((logits.bfloat16(), features), (logits.bfloat16().float(), features.float())):
+        mask = torch.zeros(2, 13, 20, dtype=torch.uint8)
+        with torch.no_grad():
+            assert kind(refiner).initial(values).finite
+            assert kind(refiner).merge(given, values, sites, mask, mask.clone())
+        masks.append(mask)
+    assert torch.equal(*masks)

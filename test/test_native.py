@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiler import needs_compiler
 
 from sparserefine_ros import native
 from sparserefine_ros.native import NativeError, load, parallel
@@ -19,6 +20,7 @@ from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.segmenter.head import NativeHead, build_head
 from sparserefine_ros.sparse.backends import pick_backend
 
+pytestmark = needs_compiler
 CPU = torch.device("cpu")
 COUNT = """#include <stdint.h>
 struct job { int64_t n; int64_t *seen; };

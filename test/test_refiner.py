@@ -169,6 +169,18 @@ def test_unet_on_a_full_image_equals_dense_convolutions() -> None:
     torch.testing.assert_close(pyramid.levels[0].scatter(features), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("classes", [2, 19, 32])
+def test_gated_ensembler_starts_as_the_mean_and_learns(classes: int) -> None:
+    ensembler = GatedEnsembler(classes)
+    y1, y2 = torch.randn(2, 50, classes)
+    result = ensembler(y1, y2)
+    torch.testing.assert_close(result, (y1 + y2) / 2)
+    F.cross_entropy(result, torch.arange(50) % classes).backward()
+    assert all(p.grad is not None for p in ensembler.parameters())
+    assert ensembler.fuse[2].weight.grad[:, 2 * classes :].abs().sum() > 0 or 2 * classes == 64
+    assert ensembler.gate[2].weight.grad.abs().sum() > 0
+
+
 def test_context_reads_colours_and_the_initial_softmax() -> None:
     torch.manual_seed(0)
     refiner = SparseRefiner(4, (6, 8), "floor", blocks=1, context=True).double().eval()

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from sparserefine_ros.errors import BundleError, FrameError, ParameterError
+from sparserefine_ros.networks.fused_unet import FusedUNet
 from sparserefine_ros.networks.registry import DENSE, REFINERS, build
 from sparserefine_ros.segmenter.bundle import Bundle, load_network
 from sparserefine_ros.segmenter.preprocess import MEAN, STD, low_resolution_size, resize
@@ -123,6 +124,28 @@ def test_bf16_stays_close_to_fp32(tiny_bundle: Path, frame: np.ndarray) -> None:
     )
     assert np.abs(full.entropy - half.entropy).mean() < 0.1
     assert (full.mask == half.mask).mean() > 0.9
+
+
+def test_a_frame_that_found_no_memory_leaves_the_next_one_whole(
+    tiny_bundle: Path, frame: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segmenter = Segmenter(Bundle.load(tiny_bundle), "cpu", entropy_threshold=0.3)
+    expected = segmenter.segment([frame])[0]
+    assert expected.density > 0
+    original, calls = FusedUNet._buffer, []
+
+    def buffer(self: FusedUNet, name: str, rows: int, channels: int) -> torch.Tensor:
+        calls.append(name)
+        if len(calls) == 4:
+            raise MemoryError
+        return original(self, name, rows, channels)
+
+    monkeypatch.setattr(FusedUNet, "_buffer", buffer)
+    with pytest.raises(MemoryError):
+        segmenter.segment([frame])
+    again = segmenter.segment([frame])[0]
+    np.testing.assert_array_equal(again.mask, expected.mask)
+    np.testing.assert_array_equal(again.confidence, expected.confidence)
 
 
 @pytest.mark.parametrize(

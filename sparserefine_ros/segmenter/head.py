@@ -68,9 +68,9 @@ class Head:
         assert self.refiner is not None
         finite = True
         for part in _chunks(len(sites), features.device):
-            refined = self.refiner.classifier(features[part])
+            refined = self.refiner.classifier(features[part].float())
             initial = gather_initial(logits, sites, part)
-            top = self.refiner.ensembler(initial.float(), refined.float()).softmax(1).max(1)
+            top = self.refiner.ensembler(initial.float(), refined).softmax(1).max(1)
             finite = finite and bool(torch.isfinite(top.values).all())
             mask.view(-1)[sites.flat[part]] = top.indices.to(torch.uint8)
             confidence.view(-1)[sites.flat[part]] = (top.values * 255).round().to(torch.uint8)
