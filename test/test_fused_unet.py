@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparserefine_ros.benchmarks.masks import edge_mask
 from sparserefine_ros.errors import ParameterError
 from sparserefine_ros.networks.fused_unet import FusedUNet
 from sparserefine_ros.networks.unet import SiteNorm, SparseUNet
@@ -80,3 +81,18 @@ def test_unknown_and_unfit_backends_are_refused() -> None:
 
 def test_the_node_offers_every_backend() -> None:
     assert BY_NAME["sparse_backend"].choices == ("auto", *BACKENDS)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_eight_megapixels(name: str) -> None:
+    """Larger than any camera's frame: the same sites and values."""
+    if name == "triton" or (missing := backend_class(name).missing(CPU)):
+        pytest.skip(f"{name}: {'an interpreter takes minutes for it' if name == 'triton' else missing}")
+    backend, net = pick_backend(name, CPU), unet((4, 6), 1)
+    mask = edge_mask(2048, 4096, 0.02)
+    mask[0, -2:, -2:] = True
+    x = torch.randn(int(mask.sum()), 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = net(x, Pyramid.build(mask, 2, "floor"))
+    actual = FusedUNet(net, backend)(x, backend.pyramid(mask, 2, "floor"))
+    assert float((actual - expected).abs().max() / expected.abs().max()) <= 1e-5

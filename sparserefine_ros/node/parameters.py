@@ -147,8 +147,9 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter(
         "sparse_backend",
         AUTO,
-        "Engine of the refiner's sparse convolutions; auto = the fastest that runs here. torch runs anywhere.",
-        choices=(AUTO, "torch", "cpu"),
+        "Engine of the refiner's sparse convolutions; auto = the fastest proven here. torch runs anywhere, cpu is C for "
+        "fp32 on CPUs (compiled on first use), triton is for CUDA.",
+        choices=(AUTO, "torch", "cpu", "triton"),
     ),
     Parameter(
         "threads",

@@ -14,11 +14,13 @@ __all__ = ["BACKENDS", "Backend", "Output", "pick_backend"]
 BACKENDS = {
     "torch": "sparserefine_ros.sparse.backends.base:Backend",
     "cpu": "sparserefine_ros.sparse.backends.cpu:CpuBackend",
+    "triton": "sparserefine_ros.sparse.backends.triton_backend:TritonBackend",
 }
 """Where each engine lives; imported when first asked for."""
 
 PREFERRED = {"cpu": ("cpu", "torch"), "cuda": ("torch",)}
-"""What "auto" tries in turn, by device."""
+"""What "auto" tries in turn, by device. Triton joins once it has been measured on a GPU: so far it ran in the
+interpreter and through its compilers alone."""
 
 
 def backend_class(name: str) -> type[Backend]:
