@@ -147,8 +147,8 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter(
         "sparse_backend",
         AUTO,
-        "Engine of the refiner's sparse convolutions; auto = the fastest proven here. torch runs anywhere, cpu is C for "
-        "fp32 on CPUs (compiled on first use), triton is for CUDA.",
+        "Engine of the refiner's sparse convolutions; auto = the fastest proven here. torch runs anywhere, cpu is C "
+        "for fp32 on CPUs (compiled on first use), triton is for CUDA.",
         choices=(AUTO, "torch", "cpu", "triton"),
     ),
     Parameter(
