@@ -9,8 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparserefine_ros.sparse import Pyramid, SiteSet
-from sparserefine_ros.sparse.backends import Backend, Output, pick_backend
+from sparserefine_ros.benchmarks.masks import edge_mask
+from sparserefine_ros.networks.selectors import upsample_nearest
+from sparserefine_ros.sparse import KernelMap, Pyramid, SiteSet
+from sparserefine_ros.sparse.backends import Backend, Output, cpu, pick_backend
+from sparserefine_ros.sparse.backends.cpu import BlockMap
 
 pytestmark = needs_compiler
 CPU = torch.device("cpu")
@@ -20,6 +23,7 @@ MASKS = {
     & (torch.arange(5) == 3)[:, None],
     "all": torch.ones(2, 9, 14, dtype=torch.bool),
     "some": torch.rand(2, 33, 41, generator=torch.Generator().manual_seed(0)) < 0.35,
+    "blocks": edge_mask(34, 42, 0.4)[:, :33, :41],  # at both odd ends they are cut through
 }
 
 
@@ -94,10 +98,77 @@ def test_a_mask_that_is_a_view_is_read_right() -> None:
     same(pick_backend("cpu", CPU).pyramid(mask, 1, "floor").levels[0].sites, SiteSet.from_mask(mask).sites)
 
 
+@given(
+    st.integers(1, 2), st.integers(1, 12), st.integers(1, 12), st.floats(0, 1), st.booleans(), st.integers(0, 99)
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_patches_hold_the_sites_around_every_block(
+    batch: int, height: int, width: int, density: float, whole: bool, seed: int
+) -> None:
+    mask = torch.rand(batch, height, width, generator=torch.Generator().manual_seed(seed)) < density
+    if whole:
+        mask = mask.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    sites = SiteSet.from_mask(mask)
+    blocks = {(b, y // 2, x // 2) for b, y, x in sites.sites.tolist()}
+    kernel_map = pick_backend("cpu", CPU).pyramid(mask, 1, "floor").submanifold[0]
+    assert isinstance(kernel_map, BlockMap) == (len(blocks) <= 0.4 * len(sites))
+    if not isinstance(kernel_map, BlockMap):
+        return
+    row = {site: i for i, site in enumerate(map(tuple, sites.sites.tolist()))}
+    expected = [
+        [row.get((b, 2 * y - 1 + i, 2 * x - 1 + j), len(sites)) for i in range(4) for j in range(4)]
+        for b, y, x in blocks
+    ]
+    assert sorted(kernel_map.patches.tolist()) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("low", "density", "blocks"), [((20, 32), 0.4, True), ((25, 40), 0.8, True), ((25, 40), 0.4, False)]
+)
+def test_blocks_and_single_sites_give_the_same(low: tuple[int, int], density: float, blocks: bool) -> None:
+    """Blocks are whole at a scale of 1/2, irregular at 1/1.6, and there too many where few pixels are selected."""
+    generator = torch.Generator().manual_seed(4)
+    mask = upsample_nearest(torch.rand(1, *low, generator=generator) < density, (40, 64))
+    backend = pick_backend("cpu", CPU)
+    kernel_map = backend.pyramid(mask, 1, "dilate").submanifold[0]
+    assert isinstance(kernel_map, BlockMap) == blocks
+    n, cin, cout = kernel_map.n_in, 48, 40
+    x, weight = torch.randn(n, cin, generator=generator), torch.randn(9, cin, cout, generator=generator)
+    by_block, by_site = torch.empty(n, cout), torch.empty(n, cout)
+    backend.conv(x, backend.pack(weight), kernel_map, [Output(by_block)])
+    plain = KernelMap(n, n, kernel_map.forward, kernel_map.backward)
+    backend.conv(x, backend.pack(weight), plain, [Output(by_site)])
+    exact = torch.empty(n, cout, dtype=torch.float64)
+    Backend().conv(x.double(), Backend().pack(weight.double()), kernel_map, [Output(exact)])
+    largest = exact.abs().max()
+    for actual in (by_block, by_site):
+        assert float((actual - exact).abs().max() / largest) <= 2e-6
+    assert torch.equal(by_block, by_site) != blocks  # another order of sums, or the very same
+
+
+@pytest.mark.parametrize("mask", ["some", "blocks"])
+def test_outputs_beyond_the_cache_are_the_same(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are streamed to memory, whole cache lines at a time, where they lie on such lines."""
+    backend, results = pick_backend("cpu", CPU), []
+    for cache in (1e9, 0):
+        monkeypatch.setattr(cpu, "CACHE", cache)
+        generator = torch.Generator().manual_seed(5)
+        kernel_map = backend.pyramid(MASKS[mask], 1, "floor").submanifold[0]
+        x, wide = torch.randn(kernel_map.n_in, 32, generator=generator), torch.zeros(kernel_map.n_out, 131)
+        out, packed = torch.empty(kernel_map.n_out, 48), backend.pack(torch.randn(9, 32, 48, generator=generator))
+        backend.conv(x, packed, kernel_map, [Output(out), Output(wide[:, 1:49]), Output(wide[:, 64:112], relu=True)])
+        assert torch.equal(wide[:, 1:49], out) and torch.equal(wide[:, 64:112], out.relu())
+        results.append(out)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("density", [0.5, 0.9])
 @pytest.mark.parametrize("channels", [16, 40])
-def test_threads_do_not_change_a_bit(channels: int) -> None:
+def test_threads_do_not_change_a_bit(channels: int, density: float) -> None:
     backend, before, results = pick_backend("cpu", CPU), torch.get_num_threads(), []
-    pyramid = backend.pyramid(torch.rand(1, 80, 90, generator=torch.Generator().manual_seed(0)) < 0.6, 1, "floor")
+    mask = torch.rand(1, 80, 90, generator=torch.Generator().manual_seed(0)) < density
+    pyramid = backend.pyramid(mask, 1, "floor")
+    assert isinstance(pyramid.submanifold[0], BlockMap) == (density == 0.9)
     n = len(pyramid.levels[0])
     x, weight = torch.randn(n, channels), torch.randn(9, channels, channels)
     try:

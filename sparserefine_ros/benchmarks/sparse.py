@@ -2,7 +2,8 @@
 
 Times are medians over rounds in which every engine runs once, so that they share whatever the machine is doing. They
 include the neighbour maps, which a frame has to build too. Useful work is pairs of sites times channels: what padding,
-zeros or bounds cost counts as time, never as work.
+zeros or bounds cost counts as time, never as work. An engine that needs fewer multiplications, as Winograd's, may so
+exceed what the machine's matrix product reaches.
 """
 
 from __future__ import annotations

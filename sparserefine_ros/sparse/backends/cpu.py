@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_int64, c_void_p
+from ctypes import c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ CONV, MAPS = (Path(__file__).with_name(name) for name in ("cpu_conv.c", "cpu_map
 ALL_TAPS = tuple(range(TAPS))
 MAX_OUTPUTS = 4
 CHUNK = 240  # output rows whose inputs stay in second-level cache while one panel of weights after another passes
+CACHE = 16e6  # bytes: an output larger than this is not in cache any more when the next layer reads it
+# Blocks pay where a level has fewer of them than this many a site (a quarter where all are full), and a layer so many
+# input channels (of fewer, transforms cost more than they save).
+MAX_BLOCKS = 0.4
+MIN_CHANNELS = 16
+G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+"""What Winograd's F(2, 3) makes of a kernel's three taps."""
 
 
 class _Output(ctypes.Structure):
@@ -41,6 +49,8 @@ class _Layer(ctypes.Structure):
         ("cin", c_int64), ("cout", c_int64), ("c2", c_int64),
         ("weight", c_void_p), ("x2", c_void_p), ("x2_stride", c_int64), ("weight2", c_void_p),
         ("add", c_void_p), ("add_stride", c_int64), ("zeros", c_void_p),
+        ("room", c_void_p), ("room_size", c_int64), ("room_parts", c_int64),
+        ("room_taken", c_uint64), ("large", c_int64),
         ("outputs_count", c_int64), ("outputs", _Output * MAX_OUTPUTS),
     ]  # fmt: skip
 
@@ -55,6 +65,22 @@ class _Packed:
     cout: int
     c2: int
 
+    @cached_property
+    def planes(self) -> Tensor:
+        """The kernels in Winograd's form, G g G^T: [panels, 16, Cin, panel]. Made when a frame first wants them."""
+        kernel = self.weight.double().unflatten(1, (3, 3))  # [panels, kw, kh, Cin, panel]
+        return torch.einsum("ah,bw,pwhio->pabio", G, G, kernel).flatten(1, 2).float().contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMap(KernelMap):
+    """A submanifold map that also knows its sites by 2x2 blocks.
+
+    patches: [blocks, 16] int32 input rows of the 4x4 patch around each block that holds a site, Ni where there is none.
+    """
+
+    patches: Tensor
+
 
 class CpuBackend(Backend):
     """float32 on the CPU; needs a C compiler the first time."""
@@ -64,8 +90,12 @@ class CpuBackend(Backend):
 
     def __init__(self) -> None:
         self._conv, self._maps = load(CONV), load(MAPS)
-        self._conv.sr_panel.restype = self._maps.sr_count.restype = c_int64
-        self._zeros = torch.zeros(0)
+        for function in (self._conv.sr_panel, self._conv.sr_patches, self._conv.sr_room):
+            function.restype = c_int64
+        for function in (self._maps.sr_count, self._maps.sr_count_blocks):
+            function.restype = c_int64
+        self._chunk = self._conv.sr_patches()
+        self._zeros, self._room = torch.zeros(0), torch.empty(0)
 
     @classmethod
     def missing(cls, device: torch.device) -> str | None:
@@ -113,16 +143,28 @@ class CpuBackend(Backend):
             cin=packed.cin, cout=packed.cout, c2=packed.c2, weight=packed.weight.data_ptr(),
             weight2=address(packed.shortcut), x2=address(shortcut), x2_stride=_stride(shortcut),
             add=address(add), add_stride=_stride(add), zeros=self._zeros.data_ptr(), outputs_count=len(outputs),
+            large=kernel_map.n_out * packed.cout * x.element_size() > CACHE,
         )  # fmt: skip
         for slot, out in zip(layer.outputs, outputs, strict=False):
             _check("output", out.tensor, kernel_map.n_out, packed.cout)
             slot.data, slot.stride, slot.relu = out.tensor.data_ptr(), out.tensor.stride(0), out.relu
             slot.scale, slot.shift = address(out.scale), address(out.shift)
+        if isinstance(kernel_map, BlockMap) and packed.cin >= MIN_CHANNELS:
+            self._blocks(layer, packed, kernel_map.patches)
+            return
         for group in kernel_map.forward:
             layer.table, layer.rows = group.table.data_ptr(), address(group.rows)
             layer.taps_count = len(group.taps)
             layer.taps[: len(group.taps)] = group.taps
             parallel(self._conv, "sr_conv", layer, len(group.table), CHUNK)
+
+    def _blocks(self, layer: _Layer, packed: _Packed, patches: Tensor) -> None:
+        """The layer by 2x2 blocks; room for its intermediate values is kept from call to call."""
+        layer.room_parts, layer.room_size = min(torch.get_num_threads(), 64), self._conv.sr_room(c_int64(packed.cin))
+        if len(self._room) < layer.room_parts * layer.room_size:
+            self._room = torch.empty(layer.room_parts * layer.room_size)
+        layer.room, layer.weight, layer.table = self._room.data_ptr(), packed.planes.data_ptr(), patches.data_ptr()
+        parallel(self._conv, "sr_blocks", layer, len(patches), self._chunk)
 
     def pyramid(self, mask: Tensor, levels: int, stride: str) -> Pyramid:
         check_mask(mask)
@@ -152,7 +194,13 @@ class CpuBackend(Backend):
         table = torch.empty(len(sites), TAPS, dtype=torch.int32)
         self._call("sr_neighbours", sites.bordered_grid, *sites.shape[1:], sites.sites, len(sites), table)
         group, mirrored = (TapGroup(None, taps, table) for taps in (ALL_TAPS, ALL_TAPS[::-1]))
-        return KernelMap(len(sites), len(sites), (group,), (mirrored,))
+        n, where = len(sites), (sites.bordered_grid, *sites.shape[1:], sites.sites, len(sites))
+        blocks = int(self._maps.sr_count_blocks(*_arguments(where)))
+        if blocks > MAX_BLOCKS * n:
+            return KernelMap(n, n, (group,), (mirrored,))
+        patches = torch.empty(blocks, 16, dtype=torch.int32)
+        self._call("sr_patches", *where, patches)
+        return BlockMap(n, n, (group,), (mirrored,), patches)
 
     def _strided(self, fine: SiteSet, coarse: SiteSet, padding: int) -> KernelMap:
         down = torch.empty(len(coarse), TAPS, dtype=torch.int32)
@@ -172,12 +220,14 @@ class CpuBackend(Backend):
         return KernelMap(len(fine), len(coarse), (TapGroup(None, ALL_TAPS, down),), tuple(groups))
 
     def _call(self, function: str, *arguments: Any) -> None:
-        """Tensors go as addresses, integers as int64."""
-        converted = (
-            c_void_p(a.data_ptr()) if isinstance(a, Tensor) else c_int64(a) if isinstance(a, int) else a
-            for a in arguments
-        )  # fmt: skip
-        getattr(self._maps, function)(*converted)
+        getattr(self._maps, function)(*_arguments(arguments))
+
+
+def _arguments(values: Sequence[Any]) -> list[Any]:
+    """Tensors go as addresses, integers as int64."""
+    return [
+        c_void_p(a.data_ptr()) if isinstance(a, Tensor) else c_int64(a) if isinstance(a, int) else a for a in values
+    ]
 
 
 def _stride(tensor: Tensor | None) -> int:

@@ -53,6 +53,36 @@ void sr_neighbours(const int32_t *grid, int64_t height, int64_t width, const int
     }
 }
 
+// Whether a site is the first of the sites of its 2x2 block, whose corner is even.
+static inline int is_first(const int32_t *grid, int64_t height, int64_t width, const int64_t *site, int32_t none) {
+    const int64_t line = width + 2;
+    const int32_t *at = grid + (site[0] * (height + 2) + site[1] + 1) * line + site[2] + 1;
+    const int right = (int)(site[2] & 1);
+    if (right && at[-1] != none) return 0;
+    return !(site[1] & 1) || (at[-line - right] == none && at[-line - right + 1] == none);
+}
+
+int64_t sr_count_blocks(const int32_t *grid, int64_t height, int64_t width, const int64_t *sites, int64_t n) {
+    int64_t blocks = 0;
+    for (int64_t i = 0; i < n; i++) blocks += is_first(grid, height, width, sites + 3 * i, (int32_t)n);
+    return blocks;
+}
+
+// The 4x4 patches around the blocks with a site, row by row, [blocks, 16]; the block is the patch's middle.
+void sr_patches(
+    const int32_t *grid, int64_t height, int64_t width, const int64_t *sites, int64_t n, int32_t *patches
+) {
+    const int64_t line = width + 2;
+    for (int64_t i = 0; i < n; i++, sites += 3) {
+        if (!is_first(grid, height, width, sites, (int32_t)n)) continue;
+        const int64_t y = sites[1] & ~1, x = sites[2] & ~1;  // an odd side ends within a block, its border within a patch
+        const int rows = y + 4 > height + 2 ? 3 : 4, columns = x + 4 > line ? 3 : 4;
+        const int32_t *corner = grid + (sites[0] * (height + 2) + y) * line + x;
+        for (int r = 0; r < 4; r++)
+            for (int c = 0; c < 4; c++) *patches++ = r < rows && c < columns ? corner[r * line + c] : (int32_t)n;
+    }
+}
+
 // Which coarse pixels a 3x3 convolution with stride 2 reaches: see coarse_mask in sites.py.
 void sr_coarse(
     const int64_t *sites, int64_t n, int64_t padding, int64_t batch, int64_t height, int64_t width, uint8_t *coarse
