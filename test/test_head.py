@@ -10,7 +10,7 @@ from torch import Tensor
 from sparserefine_ros.networks.entropy import entropy
 from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.selectors import upsample_nearest
-from sparserefine_ros.segmenter.head import Head, NativeHead, build_head, gather_initial
+from sparserefine_ros.segmenter.head import Head, NativeHead, build_head, gather_initial, low_rows
 from sparserefine_ros.sparse import SiteSet
 
 CPU = torch.device("cpu")
@@ -77,6 +77,45 @@ def test_merge(kind: type[Head], layout: str, classes: int, channels: int, selec
     if selected:
         agrees(mask[chosen], confidence[chosen], expected)
     assert (mask[~chosen] == 77).all() and (confidence[~chosen] == 77).all()
+
+
+def selected_blocks(low: tuple[int, int], native: tuple[int, int], batch: int = 2) -> SiteSet:
+    """A third of the pixels at low resolution, with every native pixel under them."""
+    chosen = torch.rand(batch, *low, generator=torch.Generator().manual_seed(3)) < 0.35
+    return SiteSet.from_mask(upsample_nearest(chosen, native))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("native", "members"), [((26, 40), 4), ((39, 40), 6), ((25, 40), 4), ((21, 32), None), ((13, 20), None)]
+)
+def test_what_a_block_shares_is_computed_once(native: tuple[int, int], members: int | None) -> None:
+    """Whole blocks, nearly whole ones, irregular ones and single pixels; each the same bits as pixel by pixel."""
+    refiner, logits, sites = build(11), logits_of(11, "channels_last"), selected_blocks((13, 20), native)
+    head = NativeHead(refiner)
+    low, pixels = head._blocks(logits, sites)
+    if members is None:
+        assert pixels is None and len(low) == len(sites)
+    else:
+        assert pixels is not None and pixels.shape == (len(low), members)
+        assert len(low) == len(low_rows(logits, sites).unique())
+        there = pixels >= 0
+        assert torch.equal(pixels[there].sort().values, torch.arange(len(sites), dtype=torch.int32))
+        assert torch.equal(low_rows(logits, sites)[pixels[there].long()], low[:, None].expand_as(pixels)[there])
+    features = torch.randn(len(sites), 16, generator=torch.Generator().manual_seed(2))
+    results = []
+    for blocks in (head._blocks, lambda logits, sites: (low_rows(logits, sites), None)):
+        head._blocks = blocks  # type: ignore[method-assign]
+        mask, confidence = (torch.full(sites.shape, 77, dtype=torch.uint8) for _ in range(2))
+        assert head.merge(features, logits, sites, mask, confidence)
+        results.append((mask, confidence))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    with torch.no_grad():
+        refiner.double()
+        expected = refiner.ensembler(
+            gather_initial(logits, sites).double(), refiner.classifier(features.double())
+        ).softmax(1)
+    agrees(results[0][0][sites.mask], results[0][1][sites.mask], expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,6 +6,7 @@ Shape shorthand: B images, K classes, C feature channels, H, W native size, h, w
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterator
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass, replace
@@ -25,6 +26,9 @@ from sparserefine_ros.sparse import SiteSet
 KERNEL = Path(__file__).with_name("head_kernel.c")
 HIDDEN, MAX_CHANNELS = 64, 256  # what the kernel is written for
 CHUNK = 1024  # pixels a thread takes at a time
+# Blocks of pixels under one pixel of the logits pay where no more than a tenth of their places is empty: the initial
+# prediction's share of the work is done once a block, the rest for every place.
+MAX_PLACES = 1.1
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class NativeHead(Head):
     def __init__(self, refiner: Refiner | None) -> None:
         super().__init__(refiner)
         self._library = load(KERNEL)
+        self._library.sr_group.restype = c_int64
         self._weights = {} if refiner is None else _merge_weights(refiner)
 
     @staticmethod
@@ -109,15 +114,34 @@ class NativeHead(Head):
         return replace(result, finite=not job.broken)
 
     def merge(self, features: Tensor, logits: Tensor, sites: SiteSet, mask: Tensor, confidence: Tensor) -> bool:
-        rows, features, low, flat = _rows(logits.float()), features.float(), low_rows(logits, sites), sites.flat
+        rows, features, flat = _rows(logits.float()), features.float(), sites.flat
+        low, pixels = self._blocks(logits, sites)
+        members = 1 if pixels is None else pixels.shape[1]
         job = _MergeJob(
             features=features.data_ptr(), feature_stride=features.stride(0), channels=features.shape[1],
             logits=rows.data_ptr(), pixel_stride=rows.stride(0), class_stride=rows.stride(1), classes=rows.shape[1],
-            low=low.data_ptr(), flat=flat.data_ptr(), mask=mask.data_ptr(), confidence=confidence.data_ptr(),
+            low=low.data_ptr(), pixels=address(pixels), members=members, flat=flat.data_ptr(),
+            mask=mask.data_ptr(), confidence=confidence.data_ptr(),
             **{name: weight.data_ptr() for name, weight in self._weights.items()},
         )  # fmt: skip
-        parallel(self._library, "sr_merge", job, len(sites), CHUNK)
+        parallel(self._library, "sr_merge", job, len(low), max(1, CHUNK // members))
         return not job.broken
+
+    def _blocks(self, logits: Tensor, sites: SiteSet) -> tuple[Tensor, Tensor | None]:
+        """Sites by the pixel of the logits they lie under: its row [blocks], and their own rows [blocks, members], -1
+        where a block has fewer. Without the latter every site is a block of its own."""
+        low, (batch, height, width) = low_rows(logits, sites), logits.shape[:1] + logits.shape[2:]
+        members = math.ceil(sites.shape[1] / height) * math.ceil(sites.shape[2] / width)
+        capacity = int(MAX_PLACES * len(sites) / members)
+        if members == 1 or capacity == 0:
+            return low, None
+        head = torch.empty(batch * height * width, dtype=torch.int32)
+        block_low, pixels = torch.empty(capacity, dtype=torch.int64), torch.empty(capacity, members, dtype=torch.int32)
+        blocks = self._library.sr_group(
+            c_void_p(low.data_ptr()), c_int64(len(low)), c_int64(len(head)), c_int64(members), c_int64(capacity),
+            *(c_void_p(tensor.data_ptr()) for tensor in (head, block_low, pixels)),
+        )  # fmt: skip
+        return (low, None) if blocks < 0 else (block_low[:blocks], pixels[:blocks])
 
 
 def build_head(refiner: Refiner | None, device: torch.device) -> Head:
@@ -184,7 +208,8 @@ class _MergeJob(ctypes.Structure):
     _fields_ = [
         ("features", c_void_p), ("feature_stride", c_int64), ("channels", c_int64),
         ("logits", c_void_p), ("pixel_stride", c_int64), ("class_stride", c_int64), ("classes", c_int64),
-        ("low", c_void_p), ("flat", c_void_p), ("mask", c_void_p), ("confidence", c_void_p), ("broken", c_int64),
+        ("low", c_void_p), ("pixels", c_void_p), ("members", c_int64), ("flat", c_void_p),
+        ("mask", c_void_p), ("confidence", c_void_p), ("broken", c_int64),
         *((name, c_void_p) for name in WEIGHTS),
     ]  # fmt: skip
 
