@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from sparserefine_ros.benchmarks.masks import edge_mask
 from sparserefine_ros.errors import ParameterError
 from sparserefine_ros.networks.fused_unet import FusedUNet
 from sparserefine_ros.networks.unet import SiteNorm, SparseUNet
+from sparserefine_ros.node.model import is_out_of_memory
 from sparserefine_ros.node.parameters import BY_NAME
 from sparserefine_ros.sparse import Pyramid
 from sparserefine_ros.sparse.backends import BACKENDS, backend_class, pick_backend
@@ -69,6 +71,47 @@ def test_fused_unet_equals_plain_unet(name: str, stride: str, channels: tuple[in
         assert actual.shape == expected.shape
         if len(expected):
             assert float((actual - expected).abs().max() / expected.abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["torch", "cpu"])
+def test_exhausted_memory_costs_that_frame_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever allocation of a large frame fails, it fails with the allocator's error, and the next frame is right."""
+    if missing := backend_class(name).missing(CPU):
+        pytest.skip(f"{name}: {missing}")
+    net, allocate = unet((16, 24), 1), torch.empty
+    backend = pick_backend(name, CPU)
+    generator = torch.Generator().manual_seed(2)
+    small, large = (torch.rand(1, side, side, generator=generator) < 0.7 for side in (12, 30))
+    frames = [(mask, torch.randn(int(mask.sum()), 3, generator=generator)) for mask in (small, large)]
+    with torch.no_grad():
+        expected = [net(x, Pyramid.build(mask, 2, "floor")) for mask, x in frames]
+    left = 0
+
+    def limited(*args: Any, **options: Any) -> torch.Tensor:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            return allocate(1 << 55)  # more than there are addresses: the allocator's own refusal
+        return allocate(*args, **options)
+
+    fused = FusedUNet(net, backend)
+    failures = 0
+    for allowed in range(100):
+        left = allowed
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", limited)
+            try:
+                fused(frames[1][1], backend.pyramid(large, 2, "floor"))
+                break
+            except RuntimeError as error:
+                assert is_out_of_memory(error)
+                failures += 1
+        actual = fused(frames[0][1], backend.pyramid(small, 2, "floor"))
+        torch.testing.assert_close(actual, expected[0], rtol=1e-4, atol=1e-4)
+        fused._buffers.clear()
+    assert failures >= 8, "every buffer of the frame was refused once"
+    actual = fused(frames[1][1], backend.pyramid(large, 2, "floor"))
+    torch.testing.assert_close(actual, expected[1], rtol=1e-4, atol=1e-4)
 
 
 def test_fused_unet_keeps_its_own_weights() -> None:
