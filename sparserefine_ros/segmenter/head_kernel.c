@@ -228,6 +228,11 @@ void sr_merge(struct merge *job, int64_t begin, int64_t end) {
                 rows[i] = i >= blocks ? -1 : job->pixels ? job->pixels[block * job->members + member] : block;
                 const float *from = job->features + (rows[i] < 0 ? 0 : rows[i]) * job->feature_stride;
                 for (int c = 0; c < channels; c++) x[c][i] = from[c];
+                // Rows of a block lie far apart, where no hardware looks ahead.
+                const int64_t next = block + LANES < end ? block + LANES : block;
+                const int64_t later = job->pixels ? job->pixels[next * job->members + member] : next;
+                for (int c = 0; c < channels; c += 16)
+                    __builtin_prefetch(job->features + (later < 0 ? 0 : later) * job->feature_stride + c);
             }
             linear(x, channels, job->classifier, job->classifier_bias, y2, classes);
             softmax(y2, classes, evidence, evidence + classes, &best, &which);
