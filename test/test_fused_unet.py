@@ -144,7 +144,7 @@ def test_eight_megapixels(name: str) -> None:
         torch.set_num_threads(1)
     if name == "triton" or (missing := backend_class(name).missing(CPU)):
         pytest.skip(f"{name}: {'an interpreter takes minutes for it' if name == 'triton' else missing}")
-    backend, net = pick_backend(name, CPU), unet((4, 6), 1)
+    backend, net = pick_backend(name, CPU), unet((16, 6), 1)
     mask = edge_mask(2048, 4096, 0.02)
     mask[0, -2:, -2:] = True
     x = torch.randn(int(mask.sum()), 3, generator=torch.Generator().manual_seed(0))
