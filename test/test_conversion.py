@@ -236,6 +236,8 @@ BAD = {
     "truncated png": (compressed(PNG[: len(PNG) // 2], "png"), ["PNG", "truncated"]),
     "png without pixels": (compressed(png_header(64, 64), "png"), ["cannot be decoded", "'png'"]),
     "png bomb": (compressed(png_header(60000, 60000), "png"), ["60000 x 60000", "67108864"]),
+    "png chunk of 4 GB": (compressed(PNG[:33] + b"\xff" * 4 + PNG[37:], "png"), ["PNG", "truncated or corrupt"]),
+    "animated png": (compressed(PNG[:33] + b"\0\0\0\0acTL\0\0\0\0" + PNG[33:], "png"), ["PNG is animated"]),
     "jpeg bomb": (compressed(jpeg_header(60000, 60000)), ["60000 x 60000", "67108864"]),
     "jpeg of many passes": (compressed(JPEG[:-2] + b"\xff\xda" * 32 + b"\xff\xd9"), ["33 scans", "at most 32"]),
     "encoding for the log": (raw(b"", 1, 1, "rgb8\n" + "x" * 10**6), ["'rgb8\\nxxx"]),

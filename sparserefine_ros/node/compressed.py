@@ -11,6 +11,7 @@ import numpy as np
 from sparserefine_ros.errors import FrameError
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+_ANIMATION = (b"acTL", b"fcTL", b"fdAT")
 _JPEG = b"\xff\xd8\xff"
 # Start-of-frame markers of ITU T.81 table B.1: all of C0-CF but DHT (C4), JPG (C8) and DAC (CC).
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -39,9 +40,21 @@ def bayer_of(format_text: str) -> str:
 
 
 def _png_size(content: bytes) -> tuple[int, int]:
-    if content[12:16] != b"IHDR" or len(content) < 24 or b"IEND" not in content[-64:]:
-        raise FrameError(f"PNG of {len(content)} bytes is truncated; check the driver or the transport")
-    return int.from_bytes(content[20:24], "big"), int.from_bytes(content[16:20], "big")
+    """Every chunk must lie inside ``content``: decoders make room for what a chunk announces, 4 GB of 100 bytes."""
+    size: tuple[int, int] | None = None
+    at = len(_PNG)
+    while at + 12 <= len(content):
+        length, kind = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8]
+        if kind in _ANIMATION:
+            raise FrameError("PNG is animated; publish one image a message")
+        if kind == b"IHDR" and size is None and length == 13:
+            size = int.from_bytes(content[at + 12 : at + 16], "big"), int.from_bytes(content[at + 8 : at + 12], "big")
+        at += 12 + length
+        if size is None or at > len(content):
+            break
+        if kind == b"IEND":
+            return size
+    raise FrameError(f"PNG of {len(content)} bytes is truncated or corrupt; check the driver or the transport")
 
 
 def _jpeg_size(content: bytes) -> tuple[int, int]:
