@@ -35,7 +35,7 @@ TEST = ["pytest>=7", "hypothesis>=6", "torchmetrics>=1", "scipy>=1.9"]  # scipy:
 LINT = ["ruff>=0.6", "mypy>=1.10"]
 TRITON = ["triton>=3"]  # comes with the CUDA builds of torch for x86-64
 BACKBONES = ["transformers>=5.23"]  # ResNet-50, ConvNeXt-L, SegFormer
-ONNX = ["onnxruntime>=1.17", "onnx>=1.15"]  # with a GPU: onnxruntime-gpu in place of onnxruntime
+ONNX = ["onnxruntime>=1.17", "onnx>=1.16"]  # with a GPU: onnxruntime-gpu in place of onnxruntime
 PEERS = ["spconv>=2.3"]  # to be measured beside ours
 
 setup(

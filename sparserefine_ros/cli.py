@@ -20,6 +20,7 @@ COMMANDS = {
     "distill": "distill",
     "calibrate": "calibrate",
     "import": "import_",
+    "rehash": "rehash",
     "export": "export",
     "bench": "bench",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,9 +14,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from sparserefine_ros.cli import main as cli
 from sparserefine_ros.datasets.classes import CAMVID
 from sparserefine_ros.errors import BundleError
-from sparserefine_ros.segmenter.bundle import DECODERS, Bundle, default_bundle, find_bundle
+from sparserefine_ros.segmenter.bundle import DECODERS, Bundle, default_bundle, find_bundle, model_folders
+from sparserefine_ros.segmenter.bundle_files import rehash
 from sparserefine_ros.segmenter.segmenter import Segmenter
 
 
@@ -75,6 +78,18 @@ def test_folder_without_model_yaml(tmp_path: Path) -> None:
         (lambda d: d.update(entropy_threshold=7), r"entropy_threshold 7.0.*log 11 = 2\.398"),
         (lambda d: d["classes"]["names"].pop(), "10 names but 11 colours"),
         (lambda d: d["dense"].pop("weights"), "weights"),
+        (lambda d: d["dense"].pop("sha256"), "dense has no sha256.*sparserefine rehash"),
+        (lambda d: d["dense"].update(sha256=7), "dense: sha256 7; expected text"),
+        (lambda d: d.update(dense=[1]), "dense; expected network, args, weights and sha256"),
+        (lambda d: d["dense"].update(weights="../dense.safetensors"), "'../dense.safetensors' must be the plain name"),
+        (lambda d: d["dense"].update(weights="/etc/passwd"), "'/etc/passwd' must be the plain name of a file in"),
+        (lambda d: d["dense"].update(weights=".."), "'..' must be the plain name"),
+        (lambda d: d["dense"].update(weights="a\\b"), "must be the plain name"),
+        (lambda d: d.update(native_size=[2**20, 2**20]), "native_size 1048576 x 1048576.*67108864 pixels"),
+        (lambda d: d.update(native_size=[0, 9]), "native_size 0 x 9"),
+        (lambda d: d.update(native_size=[float("inf"), 9]), "cannot convert float infinity"),
+        (lambda d: d["classes"].update(names=["x"] * 1000), "1000 classes; expected 2 to 255"),
+        (lambda d: d["classes"]["palette"].__setitem__(0, [0, 0, 256]), "palette; expected a list of"),
     ],
 )
 def test_broken_model_yaml(copy: Path, change: Callable[[dict], None], message: str) -> None:
@@ -130,3 +145,98 @@ def test_unknown_network_and_argument(copy: Path) -> None:
     edit(copy, lambda d: d["dense"].update(network="compact", args={"depth": 3}))
     with pytest.raises(BundleError, match="does not take these arguments.*depth"):
         Segmenter(Bundle.load(copy), "cpu")
+
+
+def test_hash_mismatch_names_both_hashes_and_the_remedy_before_anything_is_parsed(copy: Path) -> None:
+    said = Bundle.load(copy).dense.sha256
+    (copy / "dense.safetensors").write_bytes(b"not safetensors at all")
+    found = hashlib.sha256(b"not safetensors at all").hexdigest()
+    with pytest.raises(BundleError) as error:
+        Bundle.load(copy)
+    for words in (str(copy / "dense.safetensors"), f"have sha256 {found}", said, f"sparserefine rehash {copy}"):
+        assert words in str(error.value)
+
+
+def test_weights_that_change_after_the_check_are_not_parsed(copy: Path) -> None:
+    bundle = Bundle.load(copy)
+    shutil.copy(copy / "refiner.safetensors", copy / "dense.safetensors")
+    with pytest.raises(BundleError, match="dense.safetensors have sha256"):
+        Segmenter(bundle, "cpu")
+
+
+def test_rehash_takes_a_deliberate_edit(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = load_file(copy / "dense.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, copy / "dense.safetensors")
+    before = yaml.safe_load((copy / "model.yaml").read_text())
+    assert cli(["rehash", str(copy)]) == 0
+    assert "new sha256 of dense.safetensors" in capsys.readouterr().out
+    after = yaml.safe_load((copy / "model.yaml").read_text())
+    before["dense"]["sha256"] = hashlib.sha256((copy / "dense.safetensors").read_bytes()).hexdigest()
+    assert after == before
+    assert Bundle.load(copy).dense.sha256 == before["dense"]["sha256"]
+    assert rehash(copy) == []
+
+
+def test_rehash_writes_hashes_that_are_missing(copy: Path) -> None:
+    edit(copy, lambda d: d["refiner"].pop("sha256"))
+    assert rehash(copy) == ["refiner.safetensors"]
+    Bundle.load(copy)
+
+
+def test_every_bundle_that_ships_has_the_hash_of_every_file_of_weights() -> None:
+    models = model_folders()[0]
+    found = 0
+    for file in models.glob("*/model.yaml"):
+        bundle = Bundle.load(file.parent)
+        listed = {s.weights: s.sha256 for s in (bundle.dense, bundle.refiner, bundle.native) if s}
+        there = {w.name: hashlib.sha256(w.read_bytes()).hexdigest() for w in file.parent.glob("*.safetensors")}
+        assert listed == there
+        found += len(there)
+    assert found >= 9
+
+
+def test_links(copy: Path, tmp_path: Path) -> None:
+    """A workspace of links to a bundle is one; a link to a file elsewhere is not part of the bundle."""
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in copy.iterdir():
+        (linked / file.name).symlink_to(file)
+    assert replace(Bundle.load(linked), path=copy) == Bundle.load(copy)
+    (tmp_path / "elsewhere").write_bytes((copy / "dense.safetensors").read_bytes())
+    (copy / "dense.safetensors").unlink()
+    (copy / "dense.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="is a link that leads out of"):
+        Bundle.load(copy)
+
+
+def test_names_do_not_lead_out_of_models(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models").mkdir()
+    monkeypatch.setenv("SPARSEREFINE_MODELS", str(tmp_path / "models"))
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    with pytest.raises(BundleError, match="no bundle 'models/../../copy'"):
+        find_bundle("models/../../copy")
+    assert (tmp_path / "models" / ".." / "copy" / "model.yaml").is_file()
+    with pytest.raises(BundleError, match="no bundle '../nothing/copy'"):
+        find_bundle("../nothing/copy")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"widths": [6000] * 4}, "far more than the .* values of its weights"),
+        ({"widths": [8, 8, 8, 8], "depths": [60000, 1, 1]}, "far more than the .* values of its weights"),
+        ({"widths": [10**9, 8, 8, 8]}, "argument 1000000000; expected a number from -65536 to 65536"),
+        ({"widths": [float("nan"), 8, 8, 8]}, "argument nan"),
+        ({"widths": [8] * 1001}, "1001 values in one list"),
+        ({"widths": []}, "network 'compact'"),
+        ({"widths": [8, -1, 8, 8]}, "network 'compact'"),
+        ({"widths": {"a": 1}}, "network 'compact'"),
+    ],
+)
+def test_arguments_are_held_against_the_weights_before_memory_is_taken(copy: Path, args: dict, message: str) -> None:
+    edit(copy, lambda d: d["dense"].update(args=args))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(BundleError, match=message):
+        Segmenter(Bundle.load(copy), "cpu")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB

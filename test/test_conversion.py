@@ -203,6 +203,15 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + end
 
 
+def jpeg_header(width: int, height: int) -> bytes:
+    frame = struct.pack(">BHHB", 8, height, width, 1) + b"\x01\x11\x00"
+    scan = b"\x01\x01\x00\x00\x3f\x00"
+    return (
+        b"\xff\xd8\xff\xc0" + struct.pack(">H", len(frame) + 2) + frame
+        + b"\xff\xda" + struct.pack(">H", len(scan) + 2) + scan + b"\xff\xd9"
+    )  # fmt: skip
+
+
 JPEG = cv2.imencode(".jpg", cv2.resize(RGB, (64, 48)))[1].tobytes()
 PNG = cv2.imencode(".png", RGB)[1].tobytes()
 BAD = {
@@ -227,6 +236,11 @@ BAD = {
     "truncated png": (compressed(PNG[: len(PNG) // 2], "png"), ["PNG", "truncated"]),
     "png without pixels": (compressed(png_header(64, 64), "png"), ["cannot be decoded", "'png'"]),
     "png bomb": (compressed(png_header(60000, 60000), "png"), ["60000 x 60000", "67108864"]),
+    "png chunk of 4 GB": (compressed(PNG[:33] + b"\xff" * 4 + PNG[37:], "png"), ["PNG", "truncated or corrupt"]),
+    "animated png": (compressed(PNG[:33] + b"\0\0\0\0acTL\0\0\0\0" + PNG[33:], "png"), ["PNG is animated"]),
+    "jpeg bomb": (compressed(jpeg_header(60000, 60000)), ["60000 x 60000", "67108864"]),
+    "jpeg of many passes": (compressed(JPEG[:-2] + b"\xff\xda" * 32 + b"\xff\xd9"), ["33 scans", "at most 32"]),
+    "encoding for the log": (raw(b"", 1, 1, "rgb8\n" + "x" * 10**6), ["'rgb8\\nxxx"]),
     "png of nothing": (compressed(png_header(0, 5), "png"), ["0 x 5", "at least 1"]),
 }
 
@@ -237,6 +251,7 @@ def test_bad_frames_name_the_value_and_the_remedy(message, words):
         to_rgb(message)
     for word in words:
         assert word in str(error.value)
+    assert len(str(error.value)) < 1000  # it goes into the log
 
 
 @settings(max_examples=300, deadline=None)

@@ -379,3 +379,23 @@ def test_every_architecture_is_registered_and_every_offseg_comes_through() -> No
         renamed, _ = rename(offseg_names(state), architecture)
         assert renamed.keys() == state.keys()
         assert architecture.args(renamed) == {"variant": variant, "resolution": 512}
+
+
+def test_old_torch_is_not_trusted_with_a_pth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "weights.pth"
+    torch.save({"a": torch.ones(2)}, file)
+    assert list(read_checkpoint(file)) == ["a"]
+    for version, trusted in (("2.5.1+cu121", False), ("2.4.0", False), ("2.6.0", True), ("2.13.0+cpu", True)):
+        monkeypatch.setattr(torch, "__version__", version)
+        if trusted:
+            assert list(read_checkpoint(file)) == ["a"]
+        else:
+            with pytest.raises(BundleError, match=rf"torch {re.escape(version)} .*CVE-2025-32434.*>= 2\.6"):
+                read_checkpoint(file)
+
+
+def test_names_of_bundles_are_plain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("../mine", "/tmp/mine", "a/b", ".."):
+        words = ["import", str(tmp_path / "x.pth"), "--network", "offseg-t", "--classes", "camvid", "--name", name]
+        assert main(words) == 2
+        assert f"--name '{name}' must be a plain folder name" in capsys.readouterr().err

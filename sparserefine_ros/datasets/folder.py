@@ -11,11 +11,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import yaml
 
 from sparserefine_ros.datasets.base import UNLABELLED, Sample
 from sparserefine_ros.datasets.classes import ClassList
 from sparserefine_ros.errors import DatasetError
+from sparserefine_ros.untrusted import load_yaml
 
 PICTURES = (".jpg", ".jpeg", ".png")
 
@@ -68,8 +68,8 @@ class Folder:
 def read_classes(file: Path) -> ClassList:
     """The class list that a YAML file gives as name, names and palette; DatasetError where it does not."""
     try:
-        data = yaml.safe_load(file.read_text())
+        data = load_yaml(file)
         palette = tuple((int(r), int(g), int(b)) for r, g, b in data["palette"])
         return ClassList(str(data["name"]), tuple(str(n) for n in data["names"]), palette)
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise DatasetError(f"cannot use {file}: {error!r}; it must give name, names and palette") from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rosbags.interfaces import Connection
-from rosbags.rosbag2 import Reader
 
 from sparserefine_ros.datasets.base import UNLABELLED
 from sparserefine_ros.datasets.classes import CLASS_LISTS, ClassList
 from sparserefine_ros.errors import BagError, SparseRefineError
+from sparserefine_ros.evaluation import bag_limits
 from sparserefine_ros.evaluation import bag_messages as messages
 from sparserefine_ros.evaluation.bag_writer import (
     CLASSES_KEY,
@@ -57,8 +58,7 @@ class Bag:
                 f"run `ros2 bag reindex` on it, name its .mcap file, or {MAKE_ONE}"
             )
         with self._reading():
-            self._reader = Reader(self.path)
-            self._reader.open()
+            self._reader = bag_limits.open_reader(self.path)
         try:
             self._choose_topics(image_topic, label_topic)
             self.duration_s: float = self._reader.duration / 1e9
@@ -135,7 +135,7 @@ class Bag:
         if not stamps:
             raise BagError(f"{self.path} holds no message on {self.image_topic}; record some frames, or {MAKE_ONE}")
         if len(set(stamps)) < len(stamps):
-            twice = next(s for i, s in enumerate(stamps) if s in stamps[:i])
+            twice = next(stamp for stamp, count in Counter(stamps).items() if count > 1)
             raise BagError(
                 f"{self.path}: stamp {twice} ns is on more than one message of {self.image_topic}, so masks cannot "
                 "be told apart; record with a driver that fills header.stamp"
@@ -168,8 +168,7 @@ class Bag:
 
     def _messages(self, connection: Connection) -> Iterator[tuple[int, bytes]]:
         with self._reading():
-            for _, time_ns, data in self._reader.messages([connection]):
-                yield time_ns, bytes(data)
+            yield from bag_limits.messages(self._reader, connection)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

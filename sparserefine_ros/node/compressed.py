@@ -11,10 +11,13 @@ import numpy as np
 from sparserefine_ros.errors import FrameError
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+_ANIMATION = (b"acTL", b"fcTL", b"fdAT")
 _JPEG = b"\xff\xd8\xff"
 # Start-of-frame markers of ITU T.81 table B.1: all of C0-CF but DHT (C4), JPG (C8) and DAC (CC).
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _START_OF_SCAN = 0xDA
+MAX_SCANS = 32
+"""Scans of the largest JPEG: a progressive one has about ten, and each costs a pass over all pixels."""
 
 
 def compressed_size(data: np.ndarray, format_text: str) -> tuple[int, int]:
@@ -25,7 +28,7 @@ def compressed_size(data: np.ndarray, format_text: str) -> tuple[int, int]:
     if content.startswith(_JPEG):
         return _jpeg_size(content)
     raise FrameError(
-        f"compressed image with format '{format_text}' starts with bytes {content[:4].hex(' ') or '(none)'}, "
+        f"compressed image with format {format_text!r:.80} starts with bytes {content[:4].hex(' ') or '(none)'}, "
         "which is neither JPEG nor PNG; publish 'jpeg' or 'png'"
     )
 
@@ -37,9 +40,21 @@ def bayer_of(format_text: str) -> str:
 
 
 def _png_size(content: bytes) -> tuple[int, int]:
-    if content[12:16] != b"IHDR" or len(content) < 24 or b"IEND" not in content[-64:]:
-        raise FrameError(f"PNG of {len(content)} bytes is truncated; check the driver or the transport")
-    return int.from_bytes(content[20:24], "big"), int.from_bytes(content[16:20], "big")
+    """Every chunk must lie inside ``content``: decoders make room for what a chunk announces, 4 GB of 100 bytes."""
+    size: tuple[int, int] | None = None
+    at = len(_PNG)
+    while at + 12 <= len(content):
+        length, kind = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8]
+        if kind in _ANIMATION:
+            raise FrameError("PNG is animated; publish one image a message")
+        if kind == b"IHDR" and size is None and length == 13:
+            size = int.from_bytes(content[at + 12 : at + 16], "big"), int.from_bytes(content[at + 8 : at + 12], "big")
+        at += 12 + length
+        if size is None or at > len(content):
+            break
+        if kind == b"IEND":
+            return size
+    raise FrameError(f"PNG of {len(content)} bytes is truncated or corrupt; check the driver or the transport")
 
 
 def _jpeg_size(content: bytes) -> tuple[int, int]:
@@ -54,8 +69,11 @@ def _jpeg_size(content: bytes) -> tuple[int, int]:
             size = int.from_bytes(content[at + 5 : at + 7], "big"), int.from_bytes(content[at + 7 : at + 9], "big")
         if marker == _START_OF_SCAN:
             # Inside a scan FF is always stuffed, so an end-of-image marker there is a real one.
-            if size is not None and content.find(b"\xff\xd9", at) > 0:
-                return size
-            break
+            if size is None or content.find(b"\xff\xd9", at) < 0:
+                break
+            scans = content.count(b"\xff\xda", at)
+            if scans > MAX_SCANS:
+                raise FrameError(f"JPEG has {scans} scans, at most {MAX_SCANS} are decoded; publish baseline JPEG")
+            return size
         at += 2 + max(length, 2)
     raise FrameError(f"JPEG of {len(content)} bytes is truncated or corrupt; check the driver or the transport")

@@ -37,7 +37,7 @@ def image_to_rgb(message: Any) -> np.ndarray:
     encoding = ENCODINGS.get(message.encoding)
     if encoding is None:
         raise FrameError(
-            f"encoding '{message.encoding}' is not supported; publish one of {', '.join(ENCODINGS)} "
+            f"encoding {message.encoding!r:.80} is not supported; publish one of {', '.join(ENCODINGS)} "
             "(image_proc or image_transport can convert)"
         )
     height, width, step = message.height, message.width, message.step
@@ -93,7 +93,7 @@ def compressed_to_rgb(message: Any) -> np.ndarray:
         image = None
     if image is None or image.dtype not in (np.uint8, np.uint16):
         raise FrameError(
-            f"compressed image of {data.size} bytes, format '{message.format}', cannot be decoded; "
+            f"compressed image of {data.size} bytes, format {message.format!r:.80}, cannot be decoded; "
             "it is corrupt: check the camera driver or the transport"
         )
     if image.dtype == np.uint16:

@@ -13,20 +13,22 @@ import hashlib
 import math
 import os
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparserefine_ros.datasets.classes import ClassList
 from sparserefine_ros.errors import BundleError
+from sparserefine_ros.networks.limits import at_most, check_arguments
+from sparserefine_ros.segmenter.bundle_files import FORMAT, read_model_yaml, read_weights, write_model_yaml
 
-FORMAT = 1
+MAX_NATIVE = 2**26
+"""Pixels of the largest native size: as many as the node takes in a frame."""
 DEFAULT_BUNDLES = {
     "sparserefine": "camvid",
     "superpixel": "camvid-superpixel",
@@ -44,7 +46,7 @@ class NetworkSpec:
     network: str  # a name of networks.registry
     args: dict[str, Any]
     weights: str  # file name inside the bundle
-    sha256: str
+    sha256: str  # of that file, 64 hexadecimal digits
 
 
 @dataclass(frozen=True)
@@ -76,27 +78,22 @@ class Bundle:
 
     @staticmethod
     def load(name_or_path: str | Path) -> Bundle:
-        """Reads and checks ``model.yaml`` and the presence and hash of the weights.
+        """Reads and checks ``model.yaml`` and the presence and hash of the weights, before any of them is parsed.
 
-        Raises BundleError for a missing folder, a broken file, a class list or threshold out of range.
+        Raises BundleError for a missing folder, a broken file, a class list or threshold out of range, weights outside
+        the folder or with another hash than ``model.yaml`` says.
         """
         path = find_bundle(name_or_path)
         file = path / "model.yaml"
-        try:
-            data = yaml.safe_load(file.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise BundleError(f"cannot read {file}: {error}; restore the bundle") from error
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise BundleError(f"{file} has format {found!r}, this version reads format {FORMAT}; rebuild the bundle")
+        data = read_model_yaml(file)
         try:
             bundle = _parse(path, data)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             raise BundleError(f"{file}: {what}; compare it with a bundle under models/") from error
         for spec in (bundle.dense, bundle.refiner, bundle.native):
             if spec:
-                _check_hash(path / spec.weights, spec.sha256)
+                read_weights(path, spec.weights, spec.sha256)
         return bundle
 
     def save(self) -> None:
@@ -120,8 +117,7 @@ class Bundle:
             "provenance": self.provenance,
         }
         self.path.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=110)
-        (self.path / "model.yaml").write_text(text)
+        write_model_yaml(self.path / "model.yaml", data)
 
 
 def find_bundle(name_or_path: str | Path) -> Path:
@@ -135,8 +131,9 @@ def find_bundle(name_or_path: str | Path) -> Path:
     if direct.is_dir():
         raise BundleError(f"{direct} is no bundle: it has no model.yaml; give a folder that `sparserefine train` wrote")
     folders = model_folders()
+    inside = bool(direct.parts) and not direct.is_absolute() and ".." not in direct.parts
     for folder in folders:
-        if direct.parts and (folder / direct / "model.yaml").is_file():
+        if inside and (folder / direct / "model.yaml").is_file():
             return folder / direct
     known = sorted({p.parent.name for folder in folders if folder.is_dir() for p in folder.glob("*/model.yaml")})
     raise BundleError(
@@ -172,17 +169,41 @@ def save_network(path: Path, module: nn.Module, network: str, args: Mapping[str,
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     save_file({name: t.half() if t.ndim >= 2 else t for name, t in state.items()}, path / file)
     (path / file).chmod(0o644)  # safetensors writes files that only their owner may read
-    return NetworkSpec(network, dict(args), file, _sha256(path / file))
+    return NetworkSpec(network, dict(args), file, hashlib.sha256((path / file).read_bytes()).hexdigest())
+
+
+def build_network(path: Path, spec: NetworkSpec, make: Callable[[], nn.Module]) -> nn.Module:
+    """What ``make`` builds, filled from the bundle's file.
+
+    Raises BundleError where it cannot be built, asks for far more memory than the weights fill, or as ``load_network``.
+    """
+    tensors = _read_tensors(path, spec)
+    try:
+        check_arguments(spec.args)
+        with at_most(sum(tensor.numel() for tensor in tensors.values()), len(tensors)):
+            module = make()
+    except Exception as error:  # a constructor may stumble over its arguments in any way
+        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise BundleError(f"{path / 'model.yaml'}: network {spec.network!r:.80}: {what}") from error
+    return _fill(path, spec, module, tensors)
 
 
 def load_network(path: Path, spec: NetworkSpec, module: nn.Module) -> nn.Module:
     """Fills ``module`` from the bundle's file; BundleError names any weight that is missing, left over or misshapen."""
-    file = path / spec.weights
+    return _fill(path, spec, module, _read_tensors(path, spec))
+
+
+def _read_tensors(path: Path, spec: NetworkSpec) -> dict[str, Tensor]:
+    content = read_weights(path, spec.weights, spec.sha256)  # what is hashed is what is parsed
     try:
-        tensors: dict[str, Tensor] = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise BundleError(f"cannot read weights {file}: {error}; restore the bundle") from error
-    wanted = module.state_dict()
+        tensors: dict[str, Tensor] = load_tensors(content)
+    except Exception as error:  # SafetensorError; KeyError for a type of number that torch does not have; ...
+        raise BundleError(f"cannot read weights {path / spec.weights}: {error}; restore the bundle") from error
+    return tensors
+
+
+def _fill(path: Path, spec: NetworkSpec, module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    file, wanted = path / spec.weights, module.state_dict()
     for key in sorted(set(wanted) | set(tensors)):
         if key not in tensors or key not in wanted:
             where = "is missing from" if key not in tensors else "is left over in"
@@ -198,9 +219,12 @@ def load_network(path: Path, spec: NetworkSpec, module: nn.Module) -> nn.Module:
 
 def _parse(path: Path, data: Mapping[str, Any]) -> Bundle:
     listed = data["classes"]
-    classes = ClassList(listed["name"], tuple(listed["names"]), tuple(tuple(c) for c in listed["palette"]))
-    if not 2 <= len(classes) <= 255:
-        raise ValueError(f"{len(classes)} classes; expected 2 to 255")
+    names, palette = listed["names"], listed["palette"]
+    if not (isinstance(names, list) and 2 <= len(names) <= 255):  # before a look at any of them
+        raise ValueError(f"{len(names)} classes; expected 2 to 255")
+    if not isinstance(palette, list) or not all(_is_colour(c) for c in palette):
+        raise ValueError("palette; expected a list of [red, green, blue], each 0 to 255")
+    classes = ClassList(str(listed["name"]), tuple(str(n) for n in names), tuple(tuple(c) for c in palette))
     scale, threshold = float(data["scale"]), float(data["entropy_threshold"])
     if not 0 < scale <= 1:
         raise ValueError(f"scale {scale}; expected above 0 and at most 1")
@@ -212,22 +236,27 @@ def _parse(path: Path, data: Mapping[str, Any]) -> Bundle:
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature {temperature}; expected a number above 0")
     height, width = (int(v) for v in data["native_size"])
-    refiner, native = (NetworkSpec(**data[key]) if data.get(key) else None for key in ("refiner", "native"))
+    if not (height > 0 and width > 0 and height * width <= MAX_NATIVE):
+        raise ValueError(
+            f"native_size {height} x {width}; expected two numbers above 0, of at most {MAX_NATIVE} pixels"
+        )
+    refiner, native = (_spec(key, data[key]) if data.get(key) else None for key in ("refiner", "native"))
     return Bundle(
-        path, str(data["name"]), classes, scale, (height, width), NetworkSpec(**data["dense"]), refiner, native,
+        path, str(data["name"]), classes, scale, (height, width), _spec("dense", data["dense"]), refiner, native,
         threshold, temperature, dict(data.get("calibration") or {}), dict(data.get("provenance") or {}),
     )  # fmt: skip
 
 
-def _check_hash(file: Path, expected: str) -> None:
-    if not file.is_file():
-        raise BundleError(f"weights {file} are missing; restore the bundle")
-    found = _sha256(file)
-    if found != expected:
-        raise BundleError(
-            f"weights {file} have sha256 {found[:12]}…, model.yaml says {expected[:12]}…; restore the bundle"
-        )
+def _is_colour(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(v) is int and 0 <= v <= 255 for v in value)
 
 
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _spec(key: str, data: Any) -> NetworkSpec:
+    if not isinstance(data, dict) or not isinstance(data.get("args", {}), dict):
+        raise ValueError(f"{key}; expected network, args, weights and sha256")
+    for name in ("network", "weights", "sha256"):
+        if name in data and not isinstance(data[name], str):
+            raise ValueError(f"{key}: {name} {data[name]!r:.80}; expected text")
+    if "sha256" not in data:
+        raise ValueError(f"{key} has no sha256 of its weights; if you trust them, `sparserefine rehash` writes it")
+    return NetworkSpec(**data)

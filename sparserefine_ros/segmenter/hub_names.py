@@ -16,6 +16,7 @@ from typing import Any
 from sparserefine_ros.errors import BundleError
 from sparserefine_ros.segmenter.mmseg_names import Architecture, Renames
 from sparserefine_ros.segmenter.preprocess import MEAN, STD
+from sparserefine_ros.untrusted import read_text
 
 WEIGHTS = "model.safetensors"
 
@@ -130,8 +131,8 @@ def _check_statistics(file: Path) -> None:
 
 def _read(file: Path) -> Mapping[str, Any]:
     try:
-        data = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        data = json.loads(read_text(file))
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"cannot read {file}: {error}; give a folder as downloaded from the hub") from error
     if not isinstance(data, dict):
         raise BundleError(f"{file} holds a {type(data).__name__}; give a folder as downloaded from the hub")

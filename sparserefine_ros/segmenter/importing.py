@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -25,10 +24,12 @@ from sparserefine_ros.networks.registry import DENSE, build
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
 from sparserefine_ros.segmenter.hub_names import WEIGHTS, read_architecture
 from sparserefine_ros.segmenter.mmseg_names import ARCHITECTURES, Architecture, Renames
+from sparserefine_ros.untrusted import load_yaml
 
 REPORT = "import.txt"
 """The report's name in the bundle."""
 HUB_NAME = r"[\w.-]+/[\w.-]+"  # owner and model
+SAFE_TORCH = (2, 6)  # before it, weights_only kept code out less well than it said
 NAMED = 12  # keys that an error lists before it only counts
 
 
@@ -115,7 +116,14 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return dict(load_file(file))
+        if _release(torch.__version__) < SAFE_TORCH:
+            raise BundleError(
+                f"torch {torch.__version__} can be made to run code by a .pth file (CVE-2025-32434); install torch >= "
+                f"{'.'.join(map(str, SAFE_TORCH))}, or import {file} from .safetensors"
+            )
         data = torch.load(file, map_location="cpu", weights_only=True)
+    except BundleError:
+        raise
     except pickle.UnpicklingError as error:
         raise BundleError(
             f"{file} is damaged or holds more than weights, which could run code and is not loaded; if you trust it, "
@@ -133,11 +141,11 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
 def read_renames(file: Path) -> Renames:
     """Pairs [regular expression, replacement] from a YAML list; BundleError where it is none."""
     try:
-        pairs = yaml.safe_load(file.read_text())
+        pairs = load_yaml(file)
         renames = tuple((str(pattern), str(replacement)) for pattern, replacement in pairs)
         for pattern, _ in renames:
             re.compile(pattern)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, ValueError, re.error) as error:
+    except (OSError, TypeError, ValueError, re.error) as error:
         raise BundleError(
             f"cannot use renames {file}: {error}; it must be a list of [regular expression, replacement]"
         ) from error
@@ -193,6 +201,11 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], rows: Sequence[Row], 
         wanted[key] = tensor.reshape(ours.shape).to(ours.dtype)
     module.load_state_dict(wanted)
     return rows
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: (2, 6, 0) of "2.6.0+cpu"."""
+    return tuple(int(number) for number in re.findall(r"\d+", version.split("+")[0])[:3])
 
 
 def _substitute(name: str, renames: Renames) -> str:

@@ -30,7 +30,7 @@ from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.registry import DENSE, REFINERS, Refiner, build
 from sparserefine_ros.networks.selectors import upsample_nearest
 from sparserefine_ros.networks.superpixel import SuperpixelTransformer
-from sparserefine_ros.segmenter.bundle import Bundle, NetworkSpec, load_network
+from sparserefine_ros.segmenter.bundle import Bundle, NetworkSpec, build_network
 from sparserefine_ros.segmenter.head import Initial, build_head, gather_initial
 from sparserefine_ros.segmenter.onnx_dense import RUNTIMES, OnnxDense
 from sparserefine_ros.segmenter.preprocess import low_resolution_size, normalise, normalise_pixels, resize, upload
@@ -140,11 +140,11 @@ class Segmenter:
         return onnx
 
     def _load(self, table: Any, spec: NetworkSpec) -> Any:
-        try:
-            module = build(table, spec.network, len(self.classes), spec.args)
-        except ValueError as error:
-            raise BundleError(f"{self.bundle.path / 'model.yaml'}: {error}") from error
-        return load_network(self.bundle.path, spec, module).to(self.device)
+        def make() -> nn.Module:
+            network: nn.Module = build(table, spec.network, len(self.classes), spec.args)
+            return network
+
+        return build_network(self.bundle.path, spec, make).to(self.device)
 
     def low_size(self, size: tuple[int, ...]) -> tuple[int, int]:
         """(h, w) at which the dense segmenter sees a frame of ``size`` (H, W)."""

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sparserefine_ros.errors import TrainingError
+from sparserefine_ros.untrusted import load_yaml
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,8 @@ class Recipe:
     def load(path: str | Path) -> Recipe:
         """Raises TrainingError for a missing file, an unknown key or a missing one."""
         try:
-            data = yaml.safe_load(Path(path).read_text())
-        except (OSError, yaml.YAMLError) as error:
+            data = load_yaml(Path(path))
+        except (OSError, ValueError) as error:
             raise TrainingError(f"cannot read recipe {path}: {error}") from error
         if not isinstance(data, dict):
             raise TrainingError(f"recipe {path} holds {type(data).__name__}; expected a mapping, see config/train")
