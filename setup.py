@@ -36,7 +36,7 @@ TEST = [
     "hypothesis>=6",
     "torchmetrics>=1",
     "scipy>=1.9",
-    "selenium>=4",
+    "selenium>=4.11",
 ]  # scipy: transformers' own Mask2Former; selenium: the report in a browser
 LINT = ["ruff>=0.6", "mypy>=1.10"]
 TRITON = ["triton>=3"]  # comes with the CUDA builds of torch for x86-64
