@@ -31,7 +31,13 @@ ROS_WHEELS = [  # one distribution, kilted, for machines where no ROS 2 environm
     "ros-std-msgs==5.5.1",
     "ros-diagnostic-msgs==5.5.1",
 ]
-TEST = ["pytest>=7", "hypothesis>=6", "torchmetrics>=1", "scipy>=1.9"]  # scipy: transformers' own Mask2Former
+TEST = [
+    "pytest>=7",
+    "hypothesis>=6",
+    "torchmetrics>=1",
+    "scipy>=1.9",
+    "selenium>=4.11",
+]  # scipy: transformers' own Mask2Former; selenium: the report in a browser
 LINT = ["ruff>=0.6", "mypy>=1.10"]
 TRITON = ["triton>=3"]  # comes with the CUDA builds of torch for x86-64
 BACKBONES = ["transformers>=5.23"]  # ResNet-50, ConvNeXt-L, SegFormer
@@ -48,6 +54,7 @@ setup(
     packages=find_packages(include=[NAME, f"{NAME}.*"]),
     package_data={
         NAME: ["py.typed"],
+        f"{NAME}.evaluation": ["templates/*"],
         **{f"{NAME}.{room}": ["*.c"] for room in ("native", "segmenter", "sparse.backends")},
     },
     python_requires=">=3.10",
@@ -61,6 +68,7 @@ setup(
         "rosbags>=0.11",
         "matplotlib>=3.5",
         "rich>=12",
+        "jinja2>=3",
     ],
     extras_require={
         "ros": ROS_WHEELS,

@@ -16,6 +16,7 @@ COMMANDS = {
     "segment": "segment",
     "make-bag": "make_bag",
     "evaluate": "evaluate",
+    "compare": "compare",
     "train": "train",
     "distill": "distill",
     "calibrate": "calibrate",

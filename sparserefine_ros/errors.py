@@ -33,3 +33,7 @@ class ExportError(SparseRefineError):
 
 class TrainingError(SparseRefineError):
     """A training run cannot start or go on."""
+
+
+class ResultError(SparseRefineError):
+    """A file with the results of an evaluation cannot be read, or cannot be compared with another."""

@@ -215,6 +215,11 @@ def test_options_from_the_command_line() -> None:
     assert evaluate_command.options(arguments(evaluate_command, "drive")).rate == 1.0
 
 
+@pytest.mark.parametrize(("given", "file"), [("out", "out/report.html"), ("out/my.html", "out/my.html")])
+def test_a_report_is_a_file_or_goes_into_a_folder(given: str, file: str) -> None:
+    assert evaluate_command.options(arguments(evaluate_command, "drive", "--report", given)).report == Path(file)
+
+
 def write_camvid(root: Path) -> None:
     for folder in ("image", "label"):
         (root / "val" / folder).mkdir(parents=True)

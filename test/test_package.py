@@ -25,6 +25,7 @@ ROSDEP: dict[str, str | None] = {
     "builtin_interfaces": "builtin_interfaces",
     "cv2": "python3-opencv",
     "diagnostic_msgs": "diagnostic_msgs",
+    "jinja2": "python3-jinja2",
     "launch": "launch",
     "launch_ros": "launch_ros",
     "matplotlib": "python3-matplotlib",
@@ -127,7 +128,15 @@ def test_wheel_holds_the_package_and_its_shared_files(wheel: zipfile.ZipFile) ->
     for path in (ROOT / NAME).rglob("*.py"):
         assert path.relative_to(ROOT).as_posix() in names
     assert f"{NAME}/py.typed" in names
-    expected = ["package.xml", "launch/segment.launch.py", "config/fastdds.xml", "config/segment.yaml"]
+    for path in (ROOT / NAME / "evaluation" / "templates").iterdir():
+        assert path.relative_to(ROOT).as_posix() in names
+    expected = [
+        "package.xml",
+        "launch/segment.launch.py",
+        "launch/evaluate.launch.py",
+        "config/fastdds.xml",
+        "config/segment.yaml",
+    ]
     for name in [*expected, "config/segment.rviz", "models/example/model.yaml"]:
         assert f"{data}/{NAME}/{name}" in names
     assert f"{data}/ament_index/resource_index/packages/{NAME}" in names

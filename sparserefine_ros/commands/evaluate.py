@@ -39,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         text = f"{parameter.description} (default: {parameter.default})".replace("%", "%%")
         group.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=text)
     output = parser.add_argument_group("output")
-    output.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+    output.add_argument(
+        "--report", type=Path, metavar="FILE", help="write a page to read (HTML) there; a folder gets report.html"
+    )
+    output.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, for `sparserefine compare`")
     output.add_argument("--output", type=Path, metavar="DIR", help="write evaluation.png and the node's log there")
     output.add_argument("--save-masks", action="store_true", help="with --output: every mask as PNG, in DIR/masks")
     replay = parser.add_argument_group("replay")
@@ -61,10 +64,15 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     result = evaluate(options(args), console)
     report.show(result, console)
-    for path in (args.json, args.output and args.output / "evaluation.png"):
+    for path in (args.report and html_file(args.report), args.json, args.output and args.output / "evaluation.png"):
         if path and path.exists():
             console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return 0 if result["frames"]["processed"] else 1
+
+
+def html_file(path: Path) -> Path:
+    """Where the page goes: ``path`` itself, or report.html where it is a folder or has no ending."""
+    return path / "report.html" if path.is_dir() or not path.suffix else path
 
 
 def options(args: argparse.Namespace) -> Options:
@@ -85,6 +93,7 @@ def options(args: argparse.Namespace) -> Options:
         parameters={n: getattr(args, n) for n in SEGMENTER_PARAMETERS if getattr(args, n) is not None},
         offline=args.offline,
         rate=0.0 if args.wait else args.rate,
+        report=args.report and html_file(args.report),
         json=args.json,
         output=args.output,
         save_masks=args.save_masks,

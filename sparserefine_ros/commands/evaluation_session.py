@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sparserefine_ros.commands.evaluate import SEGMENTER_PARAMETERS
+from sparserefine_ros.datasets.base import Sample
 from sparserefine_ros.errors import ParameterError, SparseRefineError
-from sparserefine_ros.evaluation import gallery, replay_metrics, report
+from sparserefine_ros.evaluation import curves, gallery, html_report, replay_metrics, report, worst_frames
 from sparserefine_ros.evaluation.bags import Bag
 from sparserefine_ros.evaluation.mask_spool import MaskSpool
 from sparserefine_ros.evaluation.offline import segment_bag, selected_pixels
@@ -33,6 +34,7 @@ class Options:
     parameters: Mapping[str, str] = field(default_factory=dict)
     offline: bool = False
     rate: float = 1.0  # 1: the recording's timing, 0: lossless
+    report: Path | None = None  # HTML
     json: Path | None = None
     output: Path | None = None
     save_masks: bool = False
@@ -74,6 +76,12 @@ def evaluate(options: Options, console: Console) -> dict[str, Any]:
         score = replay_metrics.score(bag.labels(), spool, bundle.classes) if bag.label_topic else None
         facts |= _facts(values, segmenter, bag)
         result = report.build(log, score, facts)
+        result["curves"] = None
+        if options.report:
+            result["curves"] = curves.measure(segmenter, _labelled_samples(bag, spool))
+            choice, reasons = worst_frames.choose(log, score)
+            shown = worst_frames.collect(bag, spool, segmenter, to_rgb, reasons)
+            html_report.write(result, choice, shown, options.report)
         if options.json:
             report.write_json(result, options.json)
         if options.output:
@@ -142,8 +150,9 @@ def _replay(
 
 
 def _facts(values: Mapping[str, Value], segmenter: Segmenter, bag: Bag) -> dict[str, Any]:
+    bundle = segmenter.bundle
     return {
-        "model": segmenter.bundle.name,
+        "model": bundle.name,
         "decoder": "sparserefine" if segmenter.refines else "dense",
         "entropy_threshold": segmenter.entropy_threshold,
         "scale": segmenter.scale,
@@ -152,6 +161,11 @@ def _facts(values: Mapping[str, Value], segmenter: Segmenter, bag: Bag) -> dict[
         "sparse_backend": segmenter.sparse_backend if segmenter.refines else None,
         "runtime": segmenter.runtime,
         "threads": values["threads"],
+        "parameters": {name: values[name] for name in SEGMENTER_PARAMETERS},
+        "weights_sha256": {
+            spec.weights: spec.sha256 for spec in (bundle.dense, bundle.native, bundle.refiner) if spec is not None
+        },
+        "classes": asdict(bundle.classes),
         "bag": {
             "name": bag.path.name,
             "sha256": bag.sha256(),
@@ -161,6 +175,14 @@ def _facts(values: Mapping[str, Value], segmenter: Segmenter, bag: Bag) -> dict[
             "label_topic": bag.label_topic,
         },
     }
+
+
+def _labelled_samples(bag: Bag, spool: MaskSpool) -> list[Sample]:
+    """Frames with ground truth and a mask, evenly spaced over the drive, for `curves.measure`."""
+    have_masks = set(spool.stamps())
+    chosen = set(replay_metrics.evenly_spaced([s for s, _ in bag.labels() if s in have_masks], curves.FRAMES))
+    labels = {stamp: label for stamp, label in bag.labels() if stamp in chosen}
+    return [Sample(to_rgb(m), labels[s], str(s), s) for s, m in bag.image_messages() if s in labels]
 
 
 def _draw(options: Options, bag: Bag, segmenter: Segmenter, spool: MaskSpool, result: dict[str, Any]) -> None:

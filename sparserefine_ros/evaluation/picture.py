@@ -51,6 +51,13 @@ def errors(image: np.ndarray, mask: np.ndarray, label: np.ndarray) -> np.ndarray
     return picture
 
 
+def highlight(image: np.ndarray, selected: np.ndarray) -> np.ndarray:
+    """[H, W, 3] uint8: the image in grey, the pixels of ``selected`` [H, W] bool in yellow."""
+    picture = _grey(image)
+    picture[selected] = SELECTED
+    return picture
+
+
 def wrong_pixels(mask: np.ndarray, label: np.ndarray) -> np.ndarray:
     """[H, W] bool: pixels with ground truth whose class differs from it."""
     return (label != UNLABELLED) & (mask != label)
@@ -72,7 +79,7 @@ def draw(panels: Sequence[Panel], classes: ClassList, path: Path, title: str) ->
             axis.set_axis_off()
             axis.set_title(name, fontsize=9, pad=3)
             if tile is not None:
-                axis.imshow(_shrink(tile))
+                axis.imshow(shrink(tile, TILE_WIDTH))
     present = sorted({int(i) for p in panels for m in (p.mask, p.label) if m is not None for i in np.unique(m)})
     patches = [
         Patch(facecolor=np.array(classes.palette[i]) / 255, edgecolor="black", linewidth=0.4, label=classes.names[i])
@@ -106,9 +113,8 @@ def _tiles(
     elif with_label:
         tiles += [("no ground truth", None), ("", None)]
     if with_selected and panel.selected is not None:
-        picture = _grey(panel.image)
-        picture[panel.selected] = SELECTED
-        tiles.append((f"selected for refinement: {100 * panel.selected.mean():.1f} %", picture))
+        name = f"selected for refinement: {100 * panel.selected.mean():.1f} %"
+        tiles.append((name, highlight(panel.image, panel.selected)))
     elif with_selected:
         tiles.append(("", None))
     return tiles
@@ -120,9 +126,10 @@ def _grey(image: np.ndarray) -> np.ndarray:
     return cv2.cvtColor((grey * 0.6).astype(np.uint8), cv2.COLOR_GRAY2RGB)
 
 
-def _shrink(picture: np.ndarray) -> np.ndarray:
+def shrink(picture: np.ndarray, limit: int) -> np.ndarray:
+    """``picture`` at most ``limit`` pixels wide."""
     height, width = picture.shape[:2]
-    if width <= TILE_WIDTH:
+    if width <= limit:
         return picture
-    size = (TILE_WIDTH, max(1, round(height * TILE_WIDTH / width)))
+    size = (limit, max(1, round(height * limit / width)))
     return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)

@@ -10,6 +10,7 @@ Shape shorthand: P sampled pixels, K classes, h, w low resolution.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -80,3 +81,48 @@ def reliability(logits: Tensor, labels: Tensor) -> dict[str, float]:
         "ece": round(calibration_error(logits, labels), 4),
         "nll": round(float(F.cross_entropy(logits, labels)), 4),
     }
+
+
+@dataclass(frozen=True)
+class ReliabilityDiagram:
+    """Accuracy over confidence of the final prediction, in bins of equal width; nan in an empty bin."""
+
+    pixels: np.ndarray  # [BINS] labelled pixels
+    confidence: np.ndarray  # [BINS] mean, in [0, 1]
+    accuracy: np.ndarray  # [BINS] share of them whose class is right
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error: mean gap of confidence and accuracy over all pixels."""
+        gap = np.nan_to_num(np.abs(self.confidence - self.accuracy))
+        return float((gap * self.pixels).sum() / self.pixels.sum())
+
+
+def reliability_diagram(segmenter: Segmenter, samples: Iterable[Sample]) -> ReliabilityDiagram:
+    """Of the final prediction, refined where ``segmenter`` refines, over all labelled pixels of ``samples``.
+
+    Confidence is as published: a byte, 255 for certainty. Raises ValueError when no sample has a label.
+    """
+    known, right = np.zeros(256, np.int64), np.zeros(256, np.int64)  # by confidence
+    for sample in samples:
+        if sample.label is None:
+            continue
+        final = segmenter.segment([sample.image])[0]
+        labelled = sample.label != UNLABELLED
+        known += np.bincount(final.confidence[labelled], minlength=256)
+        right += np.bincount(final.confidence[labelled & (final.mask == sample.label)], minlength=256)
+    if not known.sum():
+        raise ValueError("no labelled pixel to measure reliability on; give frames with labels")
+    level = np.arange(256) / 255
+    index = np.minimum((level * BINS).astype(int), BINS - 1)
+
+    def binned(values: np.ndarray) -> np.ndarray:
+        return np.bincount(index, values, minlength=BINS)
+
+    pixels = binned(known)
+    empty = np.full(BINS, np.nan)
+    return ReliabilityDiagram(
+        pixels=pixels.astype(np.int64),
+        confidence=np.divide(binned(known * level), pixels, out=empty.copy(), where=pixels > 0),
+        accuracy=np.divide(binned(right), pixels, out=empty.copy(), where=pixels > 0),
+    )

@@ -2,6 +2,8 @@
 
 A replay is a set of stamps: each frame is known by its header stamp (ns), which the node copies onto everything it
 publishes for that frame, so that masks, timings and ground truth are joined by it in whatever order they arrive.
+
+Shape shorthand: H, W image height and width in pixels; K classes.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ import numpy as np
 
 from sparserefine_ros.datasets.classes import ClassList
 from sparserefine_ros.errors import BagError
+from sparserefine_ros.evaluation.bootstrap import class_mean
+from sparserefine_ros.evaluation.boundary import boundary_counts, boundary_iou
 from sparserefine_ros.evaluation.metrics import ConfusionMatrix
 
-PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0}
+PERCENTILES = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0}
 
 
 @dataclass
@@ -41,12 +45,37 @@ class MaskStore(Protocol):
 
 
 @dataclass(frozen=True)
+class FrameCounts:
+    """Pixels of one frame by class, to be summed over any set of frames."""
+
+    confusion: np.ndarray  # [K, K + 1] as `ConfusionMatrix.counts`
+    boundary: np.ndarray  # [K, 3] as `boundary.boundary_counts`
+
+
+@dataclass(frozen=True)
 class Score:
     """Accuracy over the frames that have both a mask and ground truth."""
 
     matrix: ConfusionMatrix
     labelled: int  # frames with ground truth
-    scored: int  # of these, frames with a mask
+    frames: dict[int, FrameCounts]  # stamp -> counts, of those that have a mask
+
+    @property
+    def scored(self) -> int:
+        """Frames with both."""
+        return len(self.frames)
+
+    @property
+    def boundary_iou(self) -> dict[str, float]:
+        """Boundary IoU by class name; nan for a class without a boundary in labels and masks."""
+        names = self.matrix.classes.names
+        total = sum((f.boundary for f in self.frames.values()), np.zeros((len(names), 3), np.int64))
+        return dict(zip(names, boundary_iou(total).tolist(), strict=True))
+
+    @property
+    def mean_boundary_iou(self) -> float:
+        """Mean over the classes that have a boundary; nan when none has."""
+        return float(class_mean(np.array(list(self.boundary_iou.values()))))
 
     @property
     def absent(self) -> list[str]:
@@ -55,7 +84,7 @@ class Score:
 
 
 def percentiles(values: Iterable[float]) -> dict[str, float | None]:
-    """p50, p90, p99 (linear interpolation between closest ranks, as numpy) and max; None each for no values."""
+    """p50, p90, p95, p99 (linear interpolation between closest ranks, as numpy) and max; None each for no values."""
     data = np.asarray(list(values), dtype=np.float64)
     if data.size == 0:
         return {**dict.fromkeys(PERCENTILES), "max": None}
@@ -105,7 +134,7 @@ def score(labels: Iterable[tuple[int, np.ndarray]], masks: MaskStore, classes: C
     ``labels``: (stamp in ns, [H, W] uint8, 255 = ignored). Raises BagError where a mask and its label differ in size.
     """
     matrix = ConfusionMatrix(classes)
-    labelled = scored = 0
+    labelled, frames = 0, {}
     for stamp, label in labels:
         labelled += 1
         mask = masks.get(stamp)
@@ -116,9 +145,11 @@ def score(labels: Iterable[tuple[int, np.ndarray]], masks: MaskStore, classes: C
                 f"at stamp {stamp} ns the mask is {mask.shape[1]}x{mask.shape[0]} but its label "
                 f"{label.shape[1]}x{label.shape[0]}; record images and labels at the same size"
             )
+        before = matrix.counts.copy()
         matrix.update(label, mask)
-        scored += 1
-    return Score(matrix, labelled, scored)
+        counts = (matrix.counts - before).astype(np.int32)
+        frames[stamp] = FrameCounts(counts, boundary_counts(label, mask, len(classes)).astype(np.int32))
+    return Score(matrix, labelled, frames)
 
 
 def evenly_spaced(stamps: Sequence[int], count: int) -> list[int]:

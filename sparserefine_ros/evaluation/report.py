@@ -6,20 +6,22 @@ import json
 import math
 import os
 import platform
+import textwrap
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console, Group
 from rich.table import Table
 
-from sparserefine_ros.evaluation import replay_metrics
+from sparserefine_ros.evaluation import bootstrap, boundary, per_frame, provenance, replay_metrics
 from sparserefine_ros.evaluation.replay_metrics import ReplayLog, Score
 
 LAG_MS = 50.0
 """A replay that is later than this, at worst, is remarked on."""
-PACKAGES = ("sparserefine_ros", "torch", "numpy", "opencv-python-headless", "rosbags")
+PACKAGES = ("sparserefine_ros", "torch", "numpy", "opencv-python-headless", "rosbags", "onnxruntime")
 
 
 def build(log: ReplayLog, score: Score | None, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,7 +30,9 @@ def build(log: ReplayLog, score: Score | None, facts: Mapping[str, Any]) -> dict
     ``miou`` and ``iou`` are fractions (None: no ground truth, or the class is absent), ``density`` the mean over
     frames, ``frames`` as in `replay_metrics.count_frames`, ``latency_ms`` from publishing a frame to receiving its
     mask (offline: the time of one call), ``stages_ms`` percentiles by stage. ``density`` and ``stages_ms`` cover the
-    frames that the node timed, ``frames_timed`` tells how many.
+    frames that the node timed, ``frames_timed`` tells how many. ``intervals`` are [low, high] by `bootstrap` over
+    frames, None for fewer than `bootstrap.MIN_FRAMES`. ``confusion`` [K][K + 1] is in pixels, rows the truth, the last
+    column unlabelled; ``per_frame`` as `per_frame.table`.
     """
     iou = {name: _number(value) for name, value in score.matrix.iou().items()} if score else None
     return {
@@ -36,6 +40,11 @@ def build(log: ReplayLog, score: Score | None, facts: Mapping[str, Any]) -> dict
         "iou": iou,
         "absent_classes": score.absent if score else None,
         "pixel_accuracy": _number(score.matrix.accuracy()) if score else None,
+        "boundary_iou": _number(score.mean_boundary_iou) if score else None,
+        "boundary_iou_by_class": {n: _number(v) for n, v in score.boundary_iou.items()} if score else None,
+        "boundary_distance": boundary.DISTANCE,
+        "intervals": intervals(score) if score else None,
+        "confusion": score.matrix.counts.tolist() if score else None,
         "frames_labelled": score.labelled if score else 0,
         "frames_scored": score.scored if score else 0,
         "density": replay_metrics.mean_density(log),
@@ -50,13 +59,41 @@ def build(log: ReplayLog, score: Score | None, facts: Mapping[str, Any]) -> dict
         **facts,
         "hardware": hardware(),
         "versions": {**versions(), **facts.get("versions", {})},
+        "commit": provenance.commit(),
+        "per_frame": per_frame.table(log, score),
+    }
+
+
+def intervals(score: Score) -> dict[str, Any] | None:
+    """What other frames of the drive would have given: [low, high] of mIoU, boundary IoU, accuracy, IoU by class."""
+    if score.scored < bootstrap.MIN_FRAMES:
+        return None
+    drawn = bootstrap.weights(score.scored)
+    confusion = bootstrap.resample_sums(np.stack([f.confusion for f in score.frames.values()]), drawn)
+    bands = bootstrap.resample_sums(np.stack([f.boundary for f in score.frames.values()]), drawn)
+    iou = bootstrap.iou_by_class(confusion)
+
+    def ends(distribution: np.ndarray) -> list[float | None]:
+        found = bootstrap.interval(math.nan, distribution)
+        return [_number(found.low), _number(found.high)]
+
+    return {
+        "method": bootstrap.METHOD,
+        "miou": ends(bootstrap.class_mean(iou)),
+        "boundary_iou": ends(bootstrap.class_mean(boundary.boundary_iou(bands))),
+        "pixel_accuracy": ends(bootstrap.accuracy(confusion)),
+        "iou": {name: ends(iou[:, i]) for i, name in enumerate(score.matrix.classes.names)},
     }
 
 
 def write_json(report: Mapping[str, Any], path: Path) -> None:
-    """Strict JSON (no NaN), keys in the report's order."""
+    """Strict JSON (no NaN), keys in the report's order; what is long and not for reading takes a line each."""
+    lines = []
+    for key, value in report.items():
+        indent = None if key in ("per_frame", "confusion", "curves") else 2
+        lines.append(f"{json.dumps(key)}: {json.dumps(value, indent=indent, allow_nan=False)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    path.write_text("{\n" + textwrap.indent(",\n".join(lines), "  ") + "\n}\n")
 
 
 def hardware() -> dict[str, Any]:
@@ -127,7 +164,10 @@ def _summary(report: Mapping[str, Any]) -> Table:
     table.add_column()
     frames = report["frames"]
     if report["iou"] is not None:
-        table.add_row("mIoU", f"{_percent(report['miou'])} over {report['frames_scored']} frames")
+        interval = report["intervals"]
+        ends = "" if interval is None else f" ({' to '.join(_percent(v) for v in interval['miou'])})"
+        table.add_row("mIoU", f"{_percent(report['miou'])}{ends} over {report['frames_scored']} frames")
+        table.add_row("boundary IoU", _percent(report["boundary_iou"]))
     table.add_row("density", f"{_percent(report['density'])} of the pixels selected")
     table.add_row("entropy threshold", f"{_milli(report['entropy_threshold'], 3)} nats")
     table.add_row("frames", ", ".join(f"{_count(v)} {k}" for k, v in frames.items()))
@@ -161,7 +201,7 @@ def _classes(report: Mapping[str, Any]) -> Table:
 
 
 def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return float(value) if math.isfinite(value) else None
 
 
 def _percent(value: float | None) -> str:

@@ -1,0 +1,38 @@
+"""`sparserefine compare`: two evaluations of one bag, with confidence intervals of what differs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "compare two results of `evaluate --json` frame by frame, with confidence intervals"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument("a", type=Path, metavar="A.json", help="result to compare with")
+    parser.add_argument("b", type=Path, metavar="B.json", help="result that may be better; of the same bag")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page to read there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints and writes the comparison. Raises ResultError for results that cannot be compared."""
+    import json
+
+    from rich.console import Console
+
+    from sparserefine_ros.evaluation import comparison_page, run_comparison
+
+    comparison = run_comparison.compare(run_comparison.load(args.a), run_comparison.load(args.b))
+    names = (args.a.stem, args.b.stem)
+    console = Console()
+    comparison_page.show(comparison, names, console)
+    if args.html:
+        comparison_page.write(comparison, names, args.html)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(run_comparison.as_data(comparison), indent=1, allow_nan=False) + "\n")
+    for path in filter(None, (args.html, args.json)):
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    return 0

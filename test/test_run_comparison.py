@@ -1,0 +1,200 @@
+"""Results frame by frame: packing, the bootstrap, and two runs beside each other."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparserefine_ros import cli
+from sparserefine_ros.datasets.classes import ClassList
+from sparserefine_ros.errors import ResultError
+from sparserefine_ros.evaluation import bootstrap, per_frame, run_comparison
+from sparserefine_ros.evaluation.boundary import boundary_counts
+from sparserefine_ros.evaluation.metrics import ConfusionMatrix
+
+TWO = ClassList("two", ("road", "sky"), ((1, 2, 3), (4, 5, 6)))
+FRAMES = 40
+
+
+def result(error: float, latency: float, frames: int = FRAMES) -> dict[str, Any]:
+    """A run whose masks miss about ``error`` of the pixels; the same frames are hard in every run."""
+    rng = np.random.default_rng(3)
+    confusion, boundary = [], []
+    for _ in range(frames):
+        hard = rng.uniform(0.5, 1.5)
+        label = rng.integers(0, 2, (12, 12), np.uint8)
+        flip = rng.random(label.shape) < error * hard
+        mask = np.where(flip, 1 - label, label).astype(np.uint8)
+        matrix = ConfusionMatrix(TWO)
+        matrix.update(label, mask)
+        confusion.append(matrix.counts)
+        boundary.append(boundary_counts(label, mask, 2))
+    stamps = [1_700_000_000_000_000_000 + i for i in range(frames)]
+    return {
+        "model": "m", "mode": "offline", "parameters": {"scale": error}, "bag": {"name": "b", "sha256": "0" * 64},
+        "classes": {"name": "two", "names": list(TWO.names)},
+        "per_frame": {
+            "stamps": stamps, "sent_s": list(range(frames)), "density": [0.2] * frames, "stages_ms": {},
+            "latency_ms": [latency + i % 5 for i in range(frames)], "scored": stamps,
+            "confusion": per_frame.pack(np.stack(confusion)), "boundary": per_frame.pack(np.stack(boundary)),
+        },
+    }  # fmt: skip
+
+
+@given(st.lists(st.integers(0, 2**31 - 1), min_size=6, max_size=6))
+def test_packing_keeps_every_count(values: list[int]) -> None:
+    counts = np.array(values).reshape(1, 2, 3)
+    np.testing.assert_array_equal(per_frame.unpack(json.loads(json.dumps(per_frame.pack(counts)))), counts)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"shape": [2**20, 2**20]}, {"shape": [-1, 2]}, {"shape": [3, 2]}, {"data": "AAAA"}, {"data": "!"}, {"data": None}],
+)
+def test_damaged_counts_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ResultError):
+        per_frame.unpack({**per_frame.pack(np.ones((2, 2), int)), **change})
+
+
+def test_a_bomb_is_not_inflated() -> None:
+    bomb = {**per_frame.pack(np.zeros(10**6, int)), "shape": [4]}  # a few hundred bytes that announce 4 numbers
+    with pytest.raises(ResultError, match="damaged"):
+        per_frame.unpack(bomb)
+
+
+def test_counts_beyond_int32_are_refused() -> None:
+    with pytest.raises(ValueError, match="int32"):
+        per_frame.pack(np.array([2**31]))
+
+
+def test_resamples_are_sums_over_drawn_frames() -> None:
+    counts = np.arange(12 * 6).reshape(12, 2, 3)
+    drawn = bootstrap.weights(12, resamples=250)
+    assert drawn.shape == (250, 12) and (drawn.sum(1) == 12).all()
+    sums = bootstrap.resample_sums(counts, drawn)
+    naive = sum(np.repeat(counts[None, f], drawn[7, f], 0).sum(0) for f in range(12))
+    np.testing.assert_array_equal(sums[7], naive)
+    assert len(bootstrap.weights(bootstrap.MIN_FRAMES - 1)) == 0
+
+
+def test_quantiles_are_those_of_the_drawn_values() -> None:
+    values = np.random.default_rng(0).permutation(np.arange(30.0))
+    drawn = bootstrap.weights(30, resamples=120)
+    for q in (0.5, 0.95):
+        found = bootstrap.resampled_quantiles(values, drawn, q)
+        for r in (0, 55, 119):
+            assert found[r] == np.percentile(np.repeat(values, drawn[r]), 100 * q, method="lower")
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    """Means of 30 normal values: about 95 % of the intervals must hold the true mean, somewhat fewer for so few."""
+    rng, held = np.random.default_rng(1), 0
+    drawn = bootstrap.weights(30, resamples=400)
+    for _ in range(300):
+        values = rng.normal(5.0, 2.0, 30)
+        found = bootstrap.interval(values.mean(), bootstrap.resample_sums(values, drawn) / 30)
+        held += found.low <= 5.0 <= found.high
+    assert 0.90 <= held / 300 <= 0.97
+
+
+def test_metrics_are_the_confusion_matrixs() -> None:
+    rng = np.random.default_rng(0)
+    matrix = ConfusionMatrix(TWO)
+    matrix.update(rng.integers(0, 2, (9, 9), np.uint8), rng.choice([0, 1, 255], (9, 9)).astype(np.uint8))
+    assert bootstrap.iou_by_class(matrix.counts).tolist() == list(matrix.iou().values())
+    assert bootstrap.class_mean(bootstrap.iou_by_class(matrix.counts)) == matrix.miou()
+    assert bootstrap.accuracy(matrix.counts) == matrix.accuracy()
+    assert np.isnan(bootstrap.class_mean(np.array([np.nan, np.nan])))
+
+
+def test_a_better_run_is_found_better() -> None:
+    a, b = result(0.20, 100.0), result(0.10, 80.0)
+    found = run_comparison.compare(a, b)
+    rows = {row.name: row for row in found.rows}
+    total = [per_frame.unpack(r["per_frame"]["confusion"]).sum(0) for r in (a, b)]
+    expected = bootstrap.class_mean(bootstrap.iou_by_class(total[1])) - bootstrap.class_mean(
+        bootstrap.iou_by_class(total[0])
+    )
+    assert rows["mIoU"].difference.value == pytest.approx(expected)
+    assert rows["mIoU"].verdict == "better" and rows["mIoU"].difference.low > 0
+    assert rows["latency p50"].difference.value == -20.0 and rows["latency p50"].verdict == "better"
+    assert rows["refined pixels"].verdict == "open"
+    assert (found.scored, found.answered) == (FRAMES, FRAMES)
+    assert found.settings == [("parameters: scale", 0.2, 0.1)]
+    back = {row.name: row for row in run_comparison.compare(b, a).rows}
+    assert back["mIoU"].verdict == "worse" and back["latency p99"].verdict == "worse"
+    assert back["mIoU"].difference.high == pytest.approx(-rows["mIoU"].difference.low)  # the same resamples
+
+
+def test_pairing_narrows_the_interval() -> None:
+    """Both runs see the same resamples: against itself a run differs by exactly nothing."""
+    run = result(0.2, 50.0)
+    for row in run_comparison.compare(run, run).rows:
+        assert (row.difference.value, row.difference.low, row.difference.high) == (0.0, 0.0, 0.0)
+
+
+def test_frames_are_joined_by_stamp() -> None:
+    a, b = result(0.2, 50.0), result(0.2, 50.0)
+    frames = b["per_frame"]  # the same frames in another order, the first without a mask
+    turned = list(range(FRAMES - 1, 0, -1))
+    for name in ("confusion", "boundary"):
+        frames[name] = per_frame.pack(per_frame.unpack(frames[name])[turned])
+    frames["scored"] = [frames["scored"][i] for i in turned]
+    frames["latency_ms"][0] = None
+    found = run_comparison.compare(a, b)
+    assert (found.scored, found.answered) == (FRAMES - 1, FRAMES - 1)
+    assert {row.difference.value for row in found.rows} == {0.0}
+
+
+def test_few_frames_have_no_interval() -> None:
+    found = run_comparison.compare(result(0.2, 50.0, 5), result(0.1, 50.0, 5))
+    assert all(np.isnan(row.difference.low) and row.verdict == "open" for row in found.rows)
+    assert json.loads(json.dumps(run_comparison.as_data(found), allow_nan=False))["rows"][0]["low"] is None
+
+
+def broken(**changes: Any) -> dict[str, Any]:
+    return {**copy.deepcopy(result(0.1, 1.0, 12)), **changes}
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (broken(bag={"name": "c", "sha256": "1" * 64}), "different bags.*within one bag"),
+        (broken(classes={"names": ["a", "b"]}), "different classes"),
+        (broken(per_frame={}), "damaged"),
+        (broken(bag=[]), "damaged"),
+    ],
+)
+def test_runs_that_cannot_be_compared(other: dict[str, Any], message: str) -> None:
+    with pytest.raises(ResultError, match=message):
+        run_comparison.compare(result(0.1, 1.0, 12), other)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"model": "m"}', '{"per_frame": 3}'])
+def test_files_that_are_no_results(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ResultError, match=r"a\.json"):
+        run_comparison.load(tmp_path / "a.json")
+    with pytest.raises(ResultError, match="cannot read"):
+        run_comparison.load(tmp_path / "missing.json")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, run in (("a", result(0.2, 100.0)), ("b", result(0.1, 80.0))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(run))
+    files = [str(tmp_path / name) for name in ("a.json", "b.json", "c.html", "c.json")]
+    assert cli.main(["compare", files[0], files[1], "--html", files[2], "--json", files[3]]) == 0
+    page, data = Path(files[2]).read_text(), json.loads(Path(files[3]).read_text())
+    row = data["rows"][0]
+    assert row["name"] == "mIoU" and row["low"] < row["difference"] < row["high"] and row["verdict"] == "better"
+    assert f"{100 * row['difference']:+.2f}" in page and "2000 bootstrap resamples" in page
+    assert "better" in capsys.readouterr().out
+    assert cli.main(["compare", files[0], files[2]]) == 2
+    assert "error: cannot read" in capsys.readouterr().err
