@@ -21,7 +21,7 @@ from sparserefine_ros.datasets.base import UNLABELLED, Sample
 from sparserefine_ros.evaluation.metrics import ConfusionMatrix
 from sparserefine_ros.networks.macs import counting_refiner_macs, dense_macs
 from sparserefine_ros.segmenter.bundle import Bundle
-from sparserefine_ros.segmenter.preprocess import low_resolution_size
+from sparserefine_ros.segmenter.onnx_dense import OnnxDense
 from sparserefine_ros.segmenter.segmenter import Segmenter
 
 HR, LR, REFINED = "HR dense", "LR dense", "LR + SparseRefine"
@@ -141,8 +141,10 @@ def _null_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _dense_macs(segmenter: Segmenter, size: Sequence[int]) -> int:
-    low = low_resolution_size(tuple(size), segmenter.scale)
+def _dense_macs(segmenter: Segmenter, size: Sequence[int]) -> float:
+    if isinstance(segmenter.dense, OnnxDense):
+        return math.nan  # counted in torch's operations
+    low = segmenter.low_size(tuple(size))
     image = torch.zeros(1, 3, *low, device=segmenter.device)
     with torch.no_grad():
         return dense_macs(lambda: segmenter.dense(image))

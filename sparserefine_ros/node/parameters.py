@@ -154,10 +154,10 @@ PARAMETERS: tuple[Parameter, ...] = (
     ),
     Parameter(
         "runtime",
-        "torch",
-        "What runs the dense segmenter; onnxruntime exports it on first use and keeps the file under ~/.cache. The "
-        "refiner runs on sparse_backend in any case.",
-        choices=("torch", "onnxruntime"),
+        AUTO,
+        "What runs the dense segmenter; auto = torch, but onnxruntime for a model that is an ONNX file. onnxruntime "
+        "exports it on first use and keeps the file under ~/.cache. The refiner runs on sparse_backend in any case.",
+        choices=(AUTO, "torch", "onnxruntime"),
     ),
     Parameter(
         "provider",

@@ -27,6 +27,8 @@ from sparserefine_ros.datasets.classes import ClassList
 from sparserefine_ros.errors import BundleError
 
 FORMAT = 1
+ONNX = "onnx"
+"""In place of a network's name: the weights are an ONNX file, which ONNX Runtime runs as it is."""
 DEFAULT_BUNDLES = {
     "sparserefine": "camvid",
     "superpixel": "camvid-superpixel",
@@ -41,7 +43,7 @@ DECODERS = tuple(DEFAULT_BUNDLES)
 class NetworkSpec:
     """One network of a bundle: what to build and which file holds its weights."""
 
-    network: str  # a name of networks.registry
+    network: str  # a name of networks.registry, or ONNX
     args: dict[str, Any]
     weights: str  # file name inside the bundle
     sha256: str

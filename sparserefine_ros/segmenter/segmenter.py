@@ -12,27 +12,25 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor
 
-from sparserefine_ros import __version__
 from sparserefine_ros.errors import BundleError, FrameError, ParameterError
 from sparserefine_ros.networks.bilateral import BilateralRefiner
 from sparserefine_ros.networks.graphed_unet import GraphedUNet
 from sparserefine_ros.networks.refiner import SparseRefiner
-from sparserefine_ros.networks.registry import DENSE, REFINERS, Refiner, build
+from sparserefine_ros.networks.registry import REFINERS, Refiner
 from sparserefine_ros.networks.selectors import upsample_nearest
-from sparserefine_ros.networks.superpixel import SuperpixelTransformer
-from sparserefine_ros.segmenter.bundle import Bundle, NetworkSpec, load_network
+from sparserefine_ros.segmenter.bundle import ONNX, Bundle, NetworkSpec
+from sparserefine_ros.segmenter.dense import load_dense, load_registered
 from sparserefine_ros.segmenter.head import Initial, build_head, gather_initial
-from sparserefine_ros.segmenter.onnx_dense import RUNTIMES, OnnxDense
+from sparserefine_ros.segmenter.onnx_dense import OnnxDense
 from sparserefine_ros.segmenter.preprocess import low_resolution_size, normalise, normalise_pixels, resize, upload
 from sparserefine_ros.sparse import SiteSet
 from sparserefine_ros.sparse.backends import pick_backend
@@ -69,7 +67,7 @@ class Segmenter:
         scale: low resolution over native; None takes the bundle's. Scale 1 without refinement is the dense
             baseline, with the bundle's weights for native resolution where it has them.
         sparse_backend: a name of ``sparse.backends``; "auto" takes the fastest that runs here.
-        runtime: what runs the dense segmenter, torch or onnxruntime; the refiner runs on the sparse backend.
+        runtime: what runs the dense segmenter, one of RUNTIMES; the refiner runs on the sparse backend.
         provider: of onnxruntime; see `OnnxDense`.
 
     Raises:
@@ -86,7 +84,7 @@ class Segmenter:
         refine: bool | None = None,
         scale: float | None = None,
         sparse_backend: str = "auto",
-        runtime: str = "torch",
+        runtime: str = "auto",
         provider: str = "auto",
     ) -> None:
         self.bundle, self.classes = bundle, bundle.classes
@@ -103,24 +101,19 @@ class Segmenter:
             )
         self.refines = bundle.refiner is not None if refine is None else refine
         self.entropy_threshold = bundle.entropy_threshold if entropy_threshold is None else entropy_threshold
-        dense = bundle.native if self.scale == 1 and bundle.native else bundle.dense
-        self.dense: nn.Module = fold_batch_norm(self._load(DENSE, dense))
-        self.dense = self.dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if bundle.temperature != 1 and dense is bundle.dense:
-            self.dense = Tempered(self.dense, bundle.temperature)
-        self._run_dense: Callable[[Tensor], Tensor] = self.dense
-        self.runtime = "torch"
-        if runtime == "onnxruntime":
-            self._run_dense = onnx = self._onnx(dense, provider)
-            self.runtime = f"onnxruntime ({onnx.provider})"
-        elif runtime != "torch":
-            raise ParameterError(f"runtime {runtime!r} is unknown; choose one of {', '.join(RUNTIMES)}")
+        spec = bundle.native if self.scale == 1 and bundle.native else bundle.dense
+        self._fixed_size = self._only_size(spec, scale)
+        dense = load_dense(bundle, spec, self.device, precision, runtime, provider)
+        self.dense, self.runtime, self._superpixels = dense.module, dense.runtime, dense.superpixels
+        if isinstance(self.dense, OnnxDense):
+            self.dense.prepare(self.low_size(bundle.native_size))
+            self.runtime = f"onnxruntime ({self.dense.provider})"
         backend = pick_backend(sparse_backend, self.device, PRECISIONS[precision])
         self.sparse_backend = backend.name
         self.refiner: Refiner | None = None
         self.graphed: GraphedUNet | None = None
         if self.refines and bundle.refiner is not None:
-            self.refiner = refiner = self._load(REFINERS, bundle.refiner)
+            self.refiner = refiner = load_registered(bundle, bundle.refiner, REFINERS).to(self.device)
             if isinstance(refiner, SparseRefiner):
                 refiner.fuse(backend, PRECISIONS[precision])
             if isinstance(refiner, SparseRefiner) and backend.name == "triton" and self.device.type == "cuda":
@@ -129,26 +122,21 @@ class Segmenter:
                 self.graphed = GraphedUNet(refiner.fused, refiner.stride, refiner_input)
         self.head = build_head(self.refiner, self.device)
 
-    def _onnx(self, spec: NetworkSpec, provider: str) -> OnnxDense:
-        """The dense segmenter in ONNX Runtime, ready for frames of the bundle's size."""
-        if self.precision == "bf16":
-            raise ParameterError("precision bf16 is for runtime torch; runtime onnxruntime takes fp32 or fp16")
-        temperature = self.dense.temperature if isinstance(self.dense, Tempered) else 1.0
-        identity = [__version__, spec.sha256, spec.network, spec.args, temperature]
-        onnx = OnnxDense(self.dense, identity, self.device, provider, self.precision == "fp16")
-        onnx.prepare(self.low_size(self.bundle.native_size))
-        return onnx
-
-    def _load(self, table: Any, spec: NetworkSpec) -> Any:
-        try:
-            module = build(table, spec.network, len(self.classes), spec.args)
-        except ValueError as error:
-            raise BundleError(f"{self.bundle.path / 'model.yaml'}: {error}") from error
-        return load_network(self.bundle.path, spec, module).to(self.device)
+    def _only_size(self, spec: NetworkSpec, scale: float | None) -> tuple[int, int] | None:
+        """The only (h, w) that the dense segmenter takes, if it is an ONNX file of such a kind."""
+        if spec.network != ONNX or spec.args.get("size") is None:
+            return None
+        height, width = spec.args["size"]
+        if scale is not None and low_resolution_size(self.bundle.native_size, scale) != (height, width):
+            raise ParameterError(
+                f"bundle {self.bundle.name!r} is an ONNX file for images of {height}x{width} alone: it cannot run at "
+                f"scale {scale}; export it anew with dynamic height and width"
+            )
+        return height, width
 
     def low_size(self, size: tuple[int, ...]) -> tuple[int, int]:
         """(h, w) at which the dense segmenter sees a frame of ``size`` (H, W)."""
-        return low_resolution_size(size, self.scale)
+        return self._fixed_size or low_resolution_size(size, self.scale)
 
     @property
     def entropy_threshold(self) -> float:
@@ -185,7 +173,7 @@ class Segmenter:
     @property
     def has_superpixels(self) -> bool:
         """Whether the decoder works on superpixels."""
-        return isinstance(self._network, SuperpixelTransformer)
+        return self._superpixels is not None
 
     @torch.inference_mode()
     def superpixels(self, image: np.ndarray) -> np.ndarray:
@@ -194,18 +182,18 @@ class Segmenter:
         Raises ParameterError for a decoder without superpixels, FrameError as ``segment``.
         """
         _check_image(image)
-        network = self._network
-        if not isinstance(network, SuperpixelTransformer):
+        if self._superpixels is None:
             raise ParameterError(f"bundle {self.bundle.name!r} has no superpixels; choose a superpixel bundle")
         size = (image.shape[0], image.shape[1])
         low = torch.from_numpy(resize(image, self.low_size(size)))[None].to(self.device)
         with self._autocast():
-            ids = network.superpixels(normalise(low))  # [1, h, w]
+            ids = self._superpixels.superpixels(normalise(low))  # [1, h, w]
         return _array(upsample_nearest(ids, size)[0])
 
     @property
-    def _network(self) -> nn.Module:
-        return self.dense.network if isinstance(self.dense, Tempered) else self.dense
+    def under_way(self) -> str:
+        """What the runtime is busy with beside frames, such as building an engine, and since when; else empty."""
+        return self.dense.progress.text if isinstance(self.dense, OnnxDense) else ""
 
     @torch.inference_mode()
     def _segment_batch(self, images: Sequence[np.ndarray], refine: bool) -> list[Segmentation]:
@@ -215,7 +203,7 @@ class Segmenter:
             low = upload([resize(image, self.low_size(size)) for image in images], self.device)
             x = normalise(low)
         with clock("dense"), self._autocast():
-            logits = self._run_dense(x)  # [B, K, h, w]
+            logits = self.dense(x)  # [B, K, h, w]
         with clock("select"):
             initial = self.head.initial(logits)
             if not initial.finite:
@@ -288,18 +276,6 @@ def refiner_input(sites: SiteSet, native: Tensor, probabilities: Tensor | None =
     return pixels if probabilities is None else torch.cat([pixels, gather_initial(probabilities, sites)], 1)
 
 
-class Tempered(nn.Module):
-    """A dense segmenter whose logits are divided by its bundle's temperature (Guo et al., 2017)."""
-
-    def __init__(self, network: nn.Module, temperature: float) -> None:
-        super().__init__()
-        self.network, self.temperature = network, temperature
-
-    def forward(self, images: Tensor) -> Tensor:  # [B, 3, h, w] -> [B, K, h, w]
-        logits: Tensor = self.network(images)
-        return logits / self.temperature
-
-
 def pick_device(name: str) -> torch.device:
     """The device called ``name``; "auto" prefers CUDA. ParameterError when it is not there."""
     if name == "auto":
@@ -313,17 +289,6 @@ def pick_device(name: str) -> torch.device:
             f"device {name!r} is not there ({torch.cuda.device_count()} CUDA devices); give auto or cpu"
         )
     return device
-
-
-def fold_batch_norm(module: nn.Module) -> nn.Module:
-    """Folds every BatchNorm2d that directly follows a Conv2d in an nn.Sequential into that convolution, in place."""
-    for parent in module.modules():
-        if isinstance(parent, nn.Sequential):
-            for i in range(len(parent) - 1):
-                conv, norm = parent[i], parent[i + 1]
-                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                    parent[i], parent[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
-    return module
 
 
 def _array(tensor: Tensor) -> np.ndarray:
