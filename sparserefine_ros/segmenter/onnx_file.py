@@ -121,9 +121,7 @@ def _logits(file: Path, session: Any, images: np.ndarray, num_classes: int) -> t
         if not np.isfinite(values).all():
             raise BundleError(f"{file} gives values that are not finite; check its weights")
         if not np.allclose(values, repeated, atol=CLOSE * float(np.abs(values).max())):
-            raise BundleError(
-                f"{file} gives other logits every time; export it for inference (in torch: after model.eval())"
-            )
+            raise BundleError(f"{file} gives other logits every time; export it for inference, without anything random")
         if values.min() >= 0 and np.allclose(values.astype(np.float32).sum(1), 1, atol=1e-2):
             raise BundleError(f"{file} gives probabilities; export it without its softmax, which is done here")
         return output.name, values
