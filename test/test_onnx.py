@@ -142,7 +142,9 @@ def test_half_precision_through_the_segmenter(tiny_bundle: Path, frame: np.ndarr
 
 def test_errors_name_the_remedy(tiny_bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.load(tiny_bundle)
-    with pytest.raises(ParameterError, match="runtime 'tvm' is unknown; choose one of auto, torch, onnxruntime"):
+    with pytest.raises(
+        ParameterError, match="runtime 'tvm' is unknown; choose one of auto, torch, torch_compile, torch_graph, onnxr"
+    ):
         Segmenter(bundle, "cpu", runtime="tvm")
     with pytest.raises(ParameterError, match="bf16 is for runtime torch"):
         Segmenter(bundle, "cpu", "bf16", runtime="onnxruntime")

@@ -63,12 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precisions", nargs="+", choices=("fp32", "fp16", "bf16"), help="(default: fp16 on CUDA, else fp32)"
     )
     pipeline.add_argument(
-        "--batches", nargs="+", type=int, metavar="N", help="batch sizes (default: 1 4 on CUDA, else 1)"
+        "--batches", nargs="+", type=int, metavar="N", help="batch sizes (default: 1 2 4 8 on CUDA, else 1)"
     )
     pipeline.add_argument("--warmup", type=int, help="untimed rounds (default: 100 on CUDA, else 1)")
     pipeline.add_argument("--repeats", type=int, help="timed rounds (default: 500 on CUDA, else 3)")
     pipeline.add_argument("--stride", default="dilate", choices=("dilate", "floor"), help="of the refiner")
     pipeline.add_argument("--sparse-backend", default="auto", help="of the refiner (default: auto)")
+    pipeline.add_argument("--graph", action="store_true", help="dense parts as CUDA graphs (not yet run on a GPU)")
     pipeline.add_argument("--json", type=Path, help="also save the figures here")
     pipeline.set_defaults(measure=run_pipeline)
 
@@ -186,13 +187,15 @@ def run_pipeline(args: argparse.Namespace) -> int:
         raise ParameterError(f"--size {args.size}: give HxW") from error
     if height % 2 or width % 2 or min(height, width) < 64:
         raise ParameterError(f"--size {args.size}: give even numbers from 64 on")
-    batches = args.batches or ([1, 4] if cuda else [1])
+    batches = args.batches or ([1, 2, 4, 8] if cuda else [1])
     warmup = (100 if cuda else 1) if args.warmup is None else args.warmup
     repeats = (500 if cuda else 3) if args.repeats is None else args.repeats
     if warmup < 0 or repeats < 1 or min(batches) < 1:
         raise ParameterError(f"--warmup {warmup} --repeats {repeats} --batches {batches}: give 0, 1 and 1 or more")
+    if args.graph and not cuda:
+        raise ParameterError(f"--graph is for CUDA, but the device is {device}; leave it out")
     pick_backend(args.sparse_backend, device)
-    setting = Setting((height, width), device, warmup, repeats, args.stride, args.sparse_backend)
+    setting = Setting((height, width), device, warmup, repeats, args.stride, args.sparse_backend, args.graph)
     result = measure(names, setting, args.precisions or ["fp16" if cuda else "fp32"], batches)
     print(markdown(result))
     if args.json:

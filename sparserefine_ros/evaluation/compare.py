@@ -45,8 +45,9 @@ def compare(
         HR: Segmenter(bundle, device, precision, refine=False, scale=1.0),
         LR: Segmenter(bundle, device, precision, threshold, refine=False),
     }
+    refined = refined_name(bundle)
     if bundle.refiner:
-        segmenters[REFINED] = Segmenter(bundle, device, precision, threshold, refine=True)
+        segmenters[refined] = Segmenter(bundle, device, precision, threshold, refine=True)
     low = segmenters[LR]
     matrices = {name: ConfusionMatrix(bundle.classes) for name in segmenters}
     times: dict[str, list[float]] = {name: [] for name in segmenters}
@@ -76,7 +77,7 @@ def compare(
     size = samples[0].image.shape[:2]
     macs: dict[str, float] = {HR: _dense_macs(segmenters[HR], size), LR: _dense_macs(low, size)}
     if densities:  # the refiner's work grows with its sites
-        macs[REFINED] = macs[LR] + statistics.fmean(refiner_macs) * statistics.fmean(densities)
+        macs[refined] = macs[LR] + statistics.fmean(refiner_macs) * statistics.fmean(densities)
     rows: dict[str, dict[str, Any]] = {
         name: {
             "miou": matrices[name].miou(), "iou": matrices[name].iou(), "macs_g": macs[name] / 1e9,
@@ -86,7 +87,7 @@ def compare(
         for name in segmenters
     }  # fmt: skip
     if densities:
-        rows[REFINED].update(density=statistics.fmean(densities), recall=found / max(wrong, 1))
+        rows[refined].update(density=statistics.fmean(densities), recall=found / max(wrong, 1))
     ratios = {
         name: {"macs": macs[name] / macs[HR], "time": _median_ratio(times[name], times[HR])}
         for name in segmenters
@@ -98,6 +99,12 @@ def compare(
         "machine": platform.processor() or platform.machine(), "torch": str(torch.__version__),
         "rows": rows, "ratios": ratios,
     }  # fmt: skip
+
+
+def refined_name(bundle: Bundle) -> str:
+    """What the row with the bundle's refiner is called."""
+    network = bundle.refiner.network if bundle.refiner else "nothing"
+    return REFINED if network == "sparserefine" else f"LR + {network}"
 
 
 def markdown(table: dict[str, Any]) -> str:

@@ -23,19 +23,26 @@ from torch import Tensor
 
 from sparserefine_ros.errors import BundleError, FrameError, ParameterError
 from sparserefine_ros.networks.bilateral import BilateralRefiner
+from sparserefine_ros.networks.graphed import Graphed
 from sparserefine_ros.networks.graphed_unet import GraphedUNet
 from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.registry import REFINERS, Refiner
 from sparserefine_ros.networks.selectors import upsample_nearest
 from sparserefine_ros.segmenter.bundle import ONNX, Bundle, NetworkSpec
-from sparserefine_ros.segmenter.dense import load_dense, load_registered
+from sparserefine_ros.segmenter.dense import PRECISIONS, Compiled, load_dense, load_registered
 from sparserefine_ros.segmenter.head import Initial, build_head, gather_initial
 from sparserefine_ros.segmenter.onnx_dense import OnnxDense
-from sparserefine_ros.segmenter.preprocess import low_resolution_size, normalise, normalise_pixels, resize, upload
+from sparserefine_ros.segmenter.preprocess import (
+    low_resolution_size,
+    normalise,
+    normalise_pixels,
+    resize,
+    shrink,
+    upload,
+)
 from sparserefine_ros.sparse import SiteSet
 from sparserefine_ros.sparse.backends import pick_backend
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STAGES = ("preprocess", "dense", "select", "refine", "merge")
 
 
@@ -105,8 +112,11 @@ class Segmenter:
         self._fixed_size = self._only_size(spec, scale)
         dense = load_dense(bundle, spec, self.device, precision, runtime, provider)
         self.dense, self.runtime, self._superpixels = dense.module, dense.runtime, dense.superpixels
+        low = self.low_size(bundle.native_size)
+        if isinstance(self.dense, Compiled):
+            self.dense.prepare(normalise(torch.zeros(1, *low, 3, dtype=torch.uint8, device=self.device)))
         if isinstance(self.dense, OnnxDense):
-            self.dense.prepare(self.low_size(bundle.native_size))
+            self.dense.prepare(low)
             self.runtime = f"onnxruntime ({self.dense.provider})"
         backend = pick_backend(sparse_backend, self.device, PRECISIONS[precision])
         self.sparse_backend = backend.name
@@ -121,6 +131,8 @@ class Segmenter:
                 # One launch a frame. Not yet run on a GPU, as the backend itself, which "auto" therefore leaves alone.
                 self.graphed = GraphedUNet(refiner.fused, refiner.stride, refiner_input)
         self.head = build_head(self.refiner, self.device)
+        captured = self.runtime == "torch_graph"  # for who asks: not yet run on a GPU
+        self.shrunk_and_seen = Graphed(self._shrink_and_see) if captured else self._shrink_and_see
 
     def _only_size(self, spec: NetworkSpec, scale: float | None) -> tuple[int, int] | None:
         """The only (h, w) that the dense segmenter takes, if it is an ONNX file of such a kind."""
@@ -192,39 +204,56 @@ class Segmenter:
 
     @property
     def under_way(self) -> str:
-        """What the runtime is busy with beside frames, such as building an engine, and since when; else empty."""
-        return self.dense.progress.text if isinstance(self.dense, OnnxDense) else ""
+        """What the runtime is busy with beside frames, an engine or compiling, and since when; else empty."""
+        return self.dense.progress.text if isinstance(self.dense, OnnxDense | Compiled) else ""
 
     @torch.inference_mode()
     def _segment_batch(self, images: Sequence[np.ndarray], refine: bool) -> list[Segmentation]:
         clock = _StageClock(self.device)
         size = (images[0].shape[0], images[0].shape[1])
+        on_gpu = self.device.type == "cuda"
         with clock("preprocess"):
-            low = upload([resize(image, self.low_size(size)) for image in images], self.device)
-            x = normalise(low)
-        with clock("dense"), self._autocast():
-            logits = self.dense(x)  # [B, K, h, w]
+            # A GPU shrinks what the refiner needs there anyway; on a CPU OpenCV is faster.
+            native = upload(images, self.device) if on_gpu or refine else None
+            low = None if on_gpu else upload([resize(image, self.low_size(size)) for image in images], self.device)
+        with clock("dense"):
+            if low is None:
+                assert native is not None
+                low, logits = self.shrunk_and_seen(native)
+            else:
+                logits = self.dense(normalise(low))  # [B, K, h, w]
         with clock("select"):
             initial = self.head.initial(logits)
-            if not initial.finite:
-                raise FrameError(
-                    f"the dense segmenter of bundle {self.bundle.name!r} gave logits that are not finite; "
-                    f"check its weights, or try precision fp32 (now {self.precision})"
-                )
             mask, confidence = upsample_nearest(initial.mask, size), upsample_nearest(initial.confidence, size)
             selected = upsample_nearest(initial.entropy > self._threshold, size)  # bool [B, H, W]
-        densities = [0.0] * len(images)
+        density, finite = torch.zeros(len(images), device=self.device), torch.tensor(True)
         if refine and self.refiner is not None:
-            densities = selected.flatten(1).float().mean(1).tolist()
-            self._refine(images, low, logits, initial, selected, mask, confidence, clock)
+            assert native is not None
+            density = selected.flatten(1).float().mean(1)
+            finite = torch.as_tensor(self._refine(native, low, logits, initial, selected, mask, confidence, clock))
+        # Nothing above asks the device for a value, but for the number of selected pixels.
+        masks, confidences, entropies, densities, *whole = _to_host(
+            mask, confidence, initial.entropy, density, torch.as_tensor(initial.finite), finite
+        )
+        for part, fine in zip(("dense segmenter", "refiner"), whole, strict=True):
+            if not fine:
+                raise FrameError(
+                    f"the {part} of bundle {self.bundle.name!r} gave logits that are not finite; "
+                    f"check its weights, or try precision fp32 (now {self.precision})"
+                )
+        ms = clock.ms
         return [
-            Segmentation(_array(mask[b]), _array(confidence[b]), _array(initial.entropy[b]), densities[b], clock.ms)
-            for b in range(len(images))
+            Segmentation(masks[b], confidences[b], entropies[b], float(densities[b]), ms) for b in range(len(images))
         ]
+
+    def _shrink_and_see(self, native: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, H, W, 3] uint8 to what the dense segmenter sees of it, [B, h, w, 3] uint8, and its logits."""
+        low = shrink(native, self.low_size(native.shape[1:3]))
+        return low, self.dense(normalise(low))
 
     def _refine(
         self,
-        images: Sequence[np.ndarray],
+        native: Tensor,
         low: Tensor,
         logits: Tensor,
         initial: Initial,
@@ -232,35 +261,29 @@ class Segmenter:
         mask: Tensor,
         confidence: Tensor,
         clock: Any,
-    ) -> None:
+    ) -> Tensor | bool:
         """Writes the final prediction of the selected pixels into ``mask`` and ``confidence`` [B, H, W].
 
-        low: [B, h, w, 3] uint8, the images as the dense segmenter saw them.
+        native: [B, H, W, 3] uint8; low: [B, h, w, 3], the images as the dense segmenter saw them. False where the
+        result is not finite, as `Initial.finite`.
         """
         assert self.refiner is not None
         with clock("refine"), self._autocast():
             context = () if initial.probabilities is None else (initial.probabilities,)
             if self.graphed is not None:
-                sites, features = self.graphed(selected, self._native(images), *context)  # [N, C]
+                sites, features = self.graphed(selected, native, *context)  # [N, C]
             elif isinstance(self.refiner, BilateralRefiner):
                 sites = SiteSet.from_mask(selected)
-                features = self.refiner(sites, self._native(images), low, *context)
+                features = self.refiner(sites, native, low, *context)
             else:
                 pyramid = self.refiner.pyramid(selected)
                 sites = pyramid.levels[0]
                 if len(sites) == 0:
-                    return
-                x = refiner_input(sites, self._native(images), *context)
+                    return True
+                x = refiner_input(sites, native, *context)
                 features = self.refiner.features(x, pyramid)
         with clock("merge"):
-            if not self.head.merge(features, logits, sites, mask, confidence):
-                raise FrameError(
-                    f"the refiner of bundle {self.bundle.name!r} gave logits that are not finite; "
-                    f"check its weights, or try precision fp32 (now {self.precision})"
-                )
-
-    def _native(self, images: Sequence[np.ndarray]) -> Tensor:  # [B, H, W, 3] uint8
-        return upload(images, self.device)
+            return self.head.merge(features, logits, sites, mask, confidence)
 
     def _autocast(self) -> Any:
         dtype = PRECISIONS[self.precision]
@@ -296,6 +319,19 @@ def _array(tensor: Tensor) -> np.ndarray:
     return array
 
 
+def _to_host(*tensors: Tensor) -> list[np.ndarray]:
+    """Arrays of ``tensors``; the host waits once, for all of them."""
+    waiting = [t for t in tensors if t.is_cuda]
+    if not waiting:
+        return [t.numpy() for t in tensors]
+    pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) if t.is_cuda else t for t in tensors]
+    for host, tensor in zip(pinned, tensors, strict=True):
+        if tensor.is_cuda:
+            host.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(waiting[0].device).synchronize()
+    return [t.numpy() for t in pinned]
+
+
 def _check_image(image: np.ndarray) -> None:
     if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         what = f"{image.dtype} array of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
@@ -305,16 +341,29 @@ def _check_image(image: np.ndarray) -> None:
 
 
 class _StageClock:
-    """Milliseconds by stage; waits for the device at the end of each."""
+    """Milliseconds by stage. On a GPU they are those of its own stream, which is not waited for until they are read."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.ms = dict.fromkeys(STAGES, 0.0)
+        self._spans: list[tuple[str, Any, Any]] = []
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = self._now()
         yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.ms[stage] += (time.perf_counter() - start) * 1e3
+        self._spans.append((stage, start, self._now()))
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    @property
+    def ms(self) -> dict[str, float]:
+        """All stages; 0 for those left out. On a GPU only once it is done with them."""
+        result = dict.fromkeys(STAGES, 0.0)
+        for stage, start, end in self._spans:
+            result[stage] += start.elapsed_time(end) if self.device.type == "cuda" else (end - start) * 1e3
+        return result
