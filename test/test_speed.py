@@ -138,8 +138,9 @@ def test_nothing_waits_for_the_device_but_for_the_number_of_pixels(tiny_bundle: 
         results = segmenter.segment([frame, np.ascontiguousarray(frame[::-1])])
     levels = segmenter.refiner.levels
     buffers = ["numpy"] * 2  # on the host, filled with native and low-resolution frames
-    # How many sites each level has is asked; then nothing, until the six results are read, all at the end.
-    assert waits.found == buffers + ["nonzero"] * levels + ["numpy"] * 6
+    # How many sites each level has is asked, on this backend also how many have each parity; then nothing, until the
+    # six results are read, all at the end.
+    assert waits.found == buffers + ["nonzero"] * (levels + 4 * (levels - 1)) + ["numpy"] * 6
     assert 0.02 < results[0].density < 0.98
 
 
