@@ -6,6 +6,7 @@ Shape shorthand: B images, K classes, H, W native size, h, w low resolution.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from conftest import DECODERS
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sparserefine_ros.cli import main
 from sparserefine_ros.errors import ParameterError
 from sparserefine_ros.networks.graphed import FORMS, Graphed, Replay
 from sparserefine_ros.networks.hrnet import HRNet
@@ -212,3 +214,14 @@ def test_compiling_is_told_of_and_fails_with_a_remedy(
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(ParameterError, match=r"torch_compile does not work here: .*compiler found; set runtime to"):
         Segmenter(bundle, "cpu", runtime="torch_compile")
+
+
+def test_runtimes_side_by_side(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "runtimes", str(tiny_bundle), "--device", "cpu", "--repeats", "3", "--json"]
+    assert main([*command, str(tmp_path / "a.json"), "--runtimes", "torch", "auto", "torch_graph"]) == 0
+    table = json.loads((tmp_path / "a.json").read_text())
+    assert table["rows"]["torch"]["ratio"] == 1 and table["rows"]["auto"]["difference"] == 0
+    assert table["size"] == [32, 48] and table["rows"]["auto"]["p10"] <= table["rows"]["auto"]["ms"]
+    assert "Not measured: torch_graph (runtime torch_graph is for CUDA" in capsys.readouterr().out
+    assert main([*command, str(tmp_path / "b.json"), "--runtimes", "tvm"]) == 2
+    assert "--runtimes has 'tvm'; choose from auto, torch" in capsys.readouterr().err

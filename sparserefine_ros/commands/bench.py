@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-HELP = "measure: `bench bundle` HR dense, LR dense and LR + SparseRefine, `bench sparse` engines, `bench decoders`, "
-"`bench pipeline` the paper's models"
+HELP = (
+    "measure: `bench bundle` HR dense, LR dense and LR + its refiner, `bench sparse` engines, `bench decoders`, "
+    "`bench pipeline` the paper's models, `bench runtimes` what runs a dense segmenter"
+)
 CARD_MARK = "<!-- table: {} -->"
 
 
@@ -72,6 +74,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pipeline.add_argument("--graph", action="store_true", help="dense parts as CUDA graphs (not yet run on a GPU)")
     pipeline.add_argument("--json", type=Path, help="also save the figures here")
     pipeline.set_defaults(measure=run_pipeline)
+    runtimes = kinds.add_parser("runtimes", help="a bundle's dense segmenter in every runtime, in one run")
+    runtimes.add_argument("model", help="bundle: a folder or a name under models/")
+    runtimes.add_argument("--runtimes", nargs="+", metavar="NAME", help="rows, compared with the first (default: all)")
+    runtimes.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
+    runtimes.add_argument("--precision", default="fp32", choices=("fp32", "fp16", "bf16"))
+    runtimes.add_argument("--repeats", type=int, default=30, help="timed rounds (default: 30)")
+    runtimes.add_argument("--json", type=Path, help="also save the figures here")
+    runtimes.set_defaults(measure=run_runtimes)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -197,6 +207,26 @@ def run_pipeline(args: argparse.Namespace) -> int:
     pick_backend(args.sparse_backend, device)
     setting = Setting((height, width), device, warmup, repeats, args.stride, args.sparse_backend, args.graph)
     result = measure(names, setting, args.precisions or ["fp16" if cuda else "fp32"], batches)
+    print(markdown(result))
+    if args.json:
+        save_json(result, args.json)
+    return 0
+
+
+def run_runtimes(args: argparse.Namespace) -> int:
+    from sparserefine_ros.benchmarks.runtimes import markdown, measure
+    from sparserefine_ros.errors import ParameterError
+    from sparserefine_ros.evaluation.compare import save_json
+    from sparserefine_ros.segmenter.bundle import Bundle
+    from sparserefine_ros.segmenter.dense import RUNTIMES
+
+    if args.repeats < 1:
+        raise ParameterError(f"--repeats is {args.repeats}; give 1 or more")
+    names = args.runtimes or [name for name in RUNTIMES if name not in ("auto", "torch_graph")]
+    for name in names:
+        if name not in RUNTIMES:
+            raise ParameterError(f"--runtimes has {name!r}; choose from {', '.join(RUNTIMES)}")
+    result = measure(Bundle.load(args.model), names, args.device, args.precision, args.repeats)
     print(markdown(result))
     if args.json:
         save_json(result, args.json)
