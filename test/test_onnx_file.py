@@ -21,12 +21,13 @@ from sparserefine_ros.cli import main
 from sparserefine_ros.datasets.base import Sample
 from sparserefine_ros.datasets.classes import CAMVID
 from sparserefine_ros.errors import BundleError, ParameterError
-from sparserefine_ros.evaluation.compare import LR, compare
+from sparserefine_ros.evaluation.compare import HR, LR, compare
 from sparserefine_ros.segmenter.bundle import Bundle
 from sparserefine_ros.segmenter.importing import REPORT, import_checkpoint
 from sparserefine_ros.segmenter.licences import UNKNOWN, find_licence
 from sparserefine_ros.segmenter.preprocess import normalise, resize
 from sparserefine_ros.segmenter.segmenter import Segmenter
+from sparserefine_ros.training.distill import distill
 
 K, SIZE = len(CAMVID), (64, 96)
 DYNAMIC = {"pixels": {0: "b", 2: "h", 3: "w"}, "scores": {0: "b", 2: "h", 3: "w"}}
@@ -257,7 +258,7 @@ def test_the_command_states_size_and_licence(
     assert f"| licence | {UNKNOWN} |" in (tmp_path / "a" / "README.md").read_text()
     (tmp_path / "theirs" / "LICENSE.txt").write_text("\n  BSD 3-Clause License\n\nCopyright\n")
     assert main(["import", str(file), "--name", "b", *words]) == 0
-    assert "licence: LICENSE.txt, which begins: BSD 3-Clause License" in capsys.readouterr().out
+    assert "licence: LICENSE.txt, which begins: BSD 3-Clause License (it lies beside" in capsys.readouterr().out
     model = onnx.load(file)
     onnx.helper.set_model_props(model, {"license": "CC-BY-4.0"})
     onnx.save(model, file)
@@ -273,11 +274,15 @@ def test_the_command_states_size_and_licence(
     assert "needs the package onnx: pip install onnx onnxruntime" in capsys.readouterr().err
 
 
-def test_comparing_tells_what_it_cannot_count(tmp_path: Path, frame: np.ndarray) -> None:
+def test_it_teaches_a_refiner_of_its_own(tmp_path: Path, frame: np.ndarray) -> None:
     file = write(Own(), tmp_path / "own.onnx")
     bundle = import_checkpoint(file, None, CAMVID, tmp_path / "mine", SIZE, 0.5)
-    table = compare(bundle, [Sample(frame, None, "a", 0)] * 4, "cpu")
-    assert np.isnan(table["rows"][LR]["macs_g"]) and table["rows"][LR]["ms"] > 0
+    frames = [Sample(np.roll(frame, 7 * i, 1), None, str(i), i) for i in range(6)]
+    made, held_out = distill(bundle, frames, tmp_path / "new", tmp_path / "runs", torch.device("cpu"), None)
+    assert made.dense == bundle.dense and made.refiner is not None
+    table = compare(made, held_out * 4, "cpu")
+    assert np.isnan(table["rows"][LR]["macs_g"]) and table["rows"][LR]["ms"] > 0  # counted in torch's operations
+    assert table["rows"][HR]["agreement"] == 1 and 0 < table["rows"]["LR + bilateral"]["density"] < 1
 
 
 @pytest.mark.parametrize(

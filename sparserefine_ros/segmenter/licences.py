@@ -26,7 +26,8 @@ def find_licence(checkpoint: Path) -> str:
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.name.lower().split(".")[0] in NAMES:
             lines = [line.strip() for line in file.read_text(errors="replace").splitlines()]
-            return f"{file.name}, which begins: {next(filter(None, lines), '(empty)')}"
+            found = f"{file.name}, which begins: {next(filter(None, lines), '(empty)')}"
+            return found if checkpoint.is_dir() else f"{found} (it lies beside the file; is it meant for it?)"
     return ""
 
 
