@@ -1,4 +1,4 @@
-"""From camera pixels to network input.
+"""From camera pixels to network input, and results back to the host.
 
 Shape shorthand: B images, H, W native size, h, w low-resolution size.
 """
@@ -76,6 +76,19 @@ def upload(images: Sequence[np.ndarray], device: torch.device) -> Tensor:
     host = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
     np.stack(images, out=host.numpy())
     return host.to(device, non_blocking=True)
+
+
+def to_host(*tensors: Tensor) -> list[np.ndarray]:
+    """Arrays of ``tensors``; the host waits once, for all of them."""
+    waiting = [t for t in tensors if t.is_cuda]
+    if not waiting:
+        return [t.numpy() for t in tensors]
+    pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) if t.is_cuda else t for t in tensors]
+    for host, tensor in zip(pinned, tensors, strict=True):
+        if tensor.is_cuda:
+            host.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(waiting[0].device).synchronize()
+    return [t.numpy() for t in pinned]
 
 
 def normalise(images: Tensor) -> Tensor:

@@ -10,10 +10,9 @@ Shape shorthand: B images of one size, K classes, H, W native size, h, w low res
 from __future__ import annotations
 
 import math
-import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +37,12 @@ from sparserefine_ros.segmenter.preprocess import (
     normalise_pixels,
     resize,
     shrink,
+    to_host,
     upload,
 )
+from sparserefine_ros.segmenter.stage_clock import StageClock
 from sparserefine_ros.sparse import SiteSet
 from sparserefine_ros.sparse.backends import pick_backend
-
-STAGES = ("preprocess", "dense", "select", "refine", "merge")
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,8 @@ class Segmenter:
         low = torch.from_numpy(resize(image, self.low_size(size)))[None].to(self.device)
         with self._autocast():
             ids = self._superpixels.superpixels(normalise(low))  # [1, h, w]
-        return _array(upsample_nearest(ids, size)[0])
+        [array] = to_host(upsample_nearest(ids, size)[0])
+        return array
 
     @property
     def under_way(self) -> str:
@@ -209,7 +209,7 @@ class Segmenter:
 
     @torch.inference_mode()
     def _segment_batch(self, images: Sequence[np.ndarray], refine: bool) -> list[Segmentation]:
-        clock = _StageClock(self.device)
+        clock = StageClock(self.device)
         size = (images[0].shape[0], images[0].shape[1])
         on_gpu = self.device.type == "cuda"
         with clock("preprocess"):
@@ -232,7 +232,7 @@ class Segmenter:
             density = selected.flatten(1).float().mean(1)
             finite = torch.as_tensor(self._refine(native, low, logits, initial, selected, mask, confidence, clock))
         # Nothing above asks the device for a value, but for the number of selected pixels.
-        masks, confidences, entropies, densities, *whole = _to_host(
+        masks, confidences, entropies, densities, *whole = to_host(
             mask, confidence, initial.entropy, density, torch.as_tensor(initial.finite), finite
         )
         for part, fine in zip(("dense segmenter", "refiner"), whole, strict=True):
@@ -314,56 +314,9 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _array(tensor: Tensor) -> np.ndarray:
-    array: np.ndarray = tensor.cpu().numpy()
-    return array
-
-
-def _to_host(*tensors: Tensor) -> list[np.ndarray]:
-    """Arrays of ``tensors``; the host waits once, for all of them."""
-    waiting = [t for t in tensors if t.is_cuda]
-    if not waiting:
-        return [t.numpy() for t in tensors]
-    pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) if t.is_cuda else t for t in tensors]
-    for host, tensor in zip(pinned, tensors, strict=True):
-        if tensor.is_cuda:
-            host.copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream(waiting[0].device).synchronize()
-    return [t.numpy() for t in pinned]
-
-
 def _check_image(image: np.ndarray) -> None:
     if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         what = f"{image.dtype} array of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise FrameError(f"cannot segment a {what}; give a uint8 RGB array of shape [H, W, 3]")
     if 0 in image.shape:
         raise FrameError(f"cannot segment an image of shape {image.shape}; it has no pixels")
-
-
-class _StageClock:
-    """Milliseconds by stage. On a GPU they are those of its own stream, which is not waited for until they are read."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._spans: list[tuple[str, Any, Any]] = []
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = self._now()
-        yield
-        self._spans.append((stage, start, self._now()))
-
-    def _now(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-    @property
-    def ms(self) -> dict[str, float]:
-        """All stages; 0 for those left out. On a GPU only once it is done with them."""
-        result = dict.fromkeys(STAGES, 0.0)
-        for stage, start, end in self._spans:
-            result[stage] += start.elapsed_time(end) if self.device.type == "cuda" else (end - start) * 1e3
-        return result
