@@ -67,6 +67,22 @@ def test_batch_norm_is_folded_wherever_it_follows_a_convolution(name: str) -> No
         assert left == []
 
 
+@torch.inference_mode()
+def test_batch_norm_of_transformers_is_folded() -> None:
+    transformers = pytest.importorskip("transformers", "5.23")
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[2, 1])
+    module, images = transformers.ResNetModel(config).eval(), torch.randn(1, 3, 32, 48)
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.running_mean, std=0.2)
+            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    expected = module(images).last_hidden_state
+    found = fold_batch_norm(module)(images).last_hidden_state
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in module.modules())
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 @pytest.mark.parametrize("name", list(NETWORKS))
 @torch.inference_mode()
 def test_weights_cast_once_give_what_autocast_gives(name: str) -> None:

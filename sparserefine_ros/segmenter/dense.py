@@ -24,6 +24,7 @@ from sparserefine_ros.segmenter.onnx_session import Progress
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RUNTIMES = ("auto", "torch", "torch_compile", "torch_graph", "onnxruntime")
+TRANSFORMERS_PAIR = ("convolution", "normalization")
 FLOATS = {"float32": torch.float32, "float16": torch.float16}
 """Number formats of a given file, as its bundle names them."""
 
@@ -188,13 +189,18 @@ class Tempered(nn.Module):
 
 
 def fold_batch_norm(module: nn.Module) -> nn.Module:
-    """Folds every BatchNorm2d that directly follows a Conv2d in an nn.Sequential into that convolution, in place."""
+    """Folds every BatchNorm2d that directly follows a Conv2d into it, in place.
+
+    That is what follows it in an nn.Sequential, and what transformers calls convolution and normalization of one layer.
+    """
     for parent in module.modules():
-        if isinstance(parent, nn.Sequential):
-            for i in range(len(parent) - 1):
-                conv, norm = parent[i], parent[i + 1]
-                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                    parent[i], parent[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+        names = list(parent._modules)
+        pairs = list(zip(names, names[1:], strict=False)) if isinstance(parent, nn.Sequential) else [TRANSFORMERS_PAIR]
+        for first, second in pairs:
+            conv, norm = getattr(parent, first, None), getattr(parent, second, None)
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(parent, first, fuse_conv_bn_eval(conv, norm))
+                setattr(parent, second, nn.Identity())
     return module
 
 
