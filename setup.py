@@ -42,6 +42,7 @@ LINT = ["ruff>=0.6", "mypy>=1.10"]
 TRITON = ["triton>=3"]  # comes with the CUDA builds of torch for x86-64
 BACKBONES = ["transformers>=5.23"]  # ResNet-50, ConvNeXt-L, SegFormer
 ONNX = ["onnxruntime>=1.17", "onnx>=1.16"]  # with a GPU: onnxruntime-gpu in place of onnxruntime
+HUB = ["huggingface_hub>=0.23"]  # for downloads that are asked for
 PEERS = ["spconv>=2.3"]  # to be measured beside ours
 
 setup(
@@ -77,6 +78,7 @@ setup(
         "triton": TRITON,
         "backbones": BACKBONES,
         "onnx": ONNX,
+        "hub": HUB,
         "peers": PEERS,
     },
     data_files=[

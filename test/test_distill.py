@@ -114,7 +114,8 @@ def test_command_on_a_bag_without_training(bundle: Bundle, tmp_path: Path, capsy
     arguments = ["distill", "--model", str(bundle.path), "--frames", str(tmp_path / "bag"), "--output", str(output)]
     assert main([*arguments, "--training-free", "--device", "cpu", "--runs", str(tmp_path / "runs")]) == 0
     text = capsys.readouterr().out
-    assert "4 held-out frames" in text and "of the gap closed" in text and "mIoU: HR dense" in text
+    assert "4 held-out frames" in text and "of the gap closed" in text
+    assert "mIoU: HR dense" in text and "LR + bilateral" in text and "SparseRefine" not in text
     made = Bundle.load(output)
     assert made.refiner is not None and made.refiner.network == "bilateral"
     assert 0 < Segmenter(made, "cpu").segment([SCENES[0].image])[0].density < 1

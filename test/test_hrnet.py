@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from sparserefine_ros.datasets.classes import CAMVID
 from sparserefine_ros.networks.hrnet import MODULES, HRModule, HRNet
 from sparserefine_ros.segmenter.bundle import Bundle, load_network
+from sparserefine_ros.segmenter.dense import fold_batch_norm
 from sparserefine_ros.segmenter.importing import import_checkpoint, rename
 from sparserefine_ros.segmenter.mmseg_names import ARCHITECTURES
-from sparserefine_ros.segmenter.segmenter import fold_batch_norm
 
 
 def randomise(module: torch.nn.Module) -> None:

@@ -166,7 +166,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--classes", "camvid", "--name", "mine", "--models", str(tmp_path), "--native-size", "64", "96"]
     assert main(["import", "nvidia/segformer-b0-finetuned-cityscapes-1024-1024", *words]) == 2
     error = capsys.readouterr().err
-    assert "hf download nvidia/segformer-b0-finetuned-cityscapes-1024-1024 --local-dir FOLDER" in error
+    assert "no nvidia/segformer-b0-finetuned-cityscapes-1024-1024 here" in error and "add --download" in error
     folder = folder_with(tmp_path, SEGFORMER)
     assert main(["import", str(folder), "--network", "segformer-b0", *words]) == 2
     assert "leave --network segformer-b0 out" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import shutil
 import stat
 import sys
 import threading
@@ -17,8 +18,9 @@ from compiler import needs_compiler
 from sparserefine_ros import native
 from sparserefine_ros.native import NativeError, load, parallel
 from sparserefine_ros.networks.refiner import SparseRefiner
-from sparserefine_ros.segmenter.head import NativeHead, build_head
+from sparserefine_ros.segmenter.head import KERNEL, NativeHead, build_head
 from sparserefine_ros.sparse.backends import pick_backend
+from sparserefine_ros.sparse.backends.cpu import CONV, MAPS
 
 pytestmark = needs_compiler
 CPU = torch.device("cpu")
@@ -109,6 +111,36 @@ def test_a_library_is_compiled_once_for_its_source(own_cache: Path, source: Path
     load.cache_clear()
     load(source)
     assert len(list(own_cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("machine", "flag"), [("x86_64", "-march=native"), ("aarch64", "-mcpu=native"), ("riscv64", None)]
+)
+def test_flags_are_those_of_the_architecture(
+    machine: str, flag: str | None, own_cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def compiled(command: list[str], source: Path, library: Path) -> None:
+        commands.append(command)
+        raise NativeError("not here")
+
+    monkeypatch.setattr(native, "_compile", compiled)
+    monkeypatch.setattr(native.platform, "machine", lambda: machine)
+    with pytest.raises(NativeError, match="not here"):
+        load(source)
+    assert [word for word in commands[0] if word.startswith("-m")] == ([flag] if flag else [])
+
+
+CROSS = shutil.which("aarch64-linux-gnu-gcc")
+
+
+@pytest.mark.skipif(CROSS is None, reason="no compiler for aarch64 (Debian: gcc-aarch64-linux-gnu)")
+@pytest.mark.parametrize("kernel", [native.PARALLEL, KERNEL, CONV, MAPS], ids=lambda path: path.name)
+def test_kernels_compile_for_aarch64(kernel: Path, tmp_path: Path) -> None:
+    assert CROSS is not None
+    native._compile([CROSS, *native.FLAGS, "-mcpu=cortex-a78ae", "-Werror"], kernel, tmp_path / "kernel.so")
+    assert (tmp_path / "kernel.so").read_bytes()[18:20] == b"\xb7\x00"  # ELF's number of AArch64
 
 
 def test_without_a_compiler_torch_takes_over(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ class StandIn:
     classes = CAMVID
     bundle = SimpleNamespace(name="stand-in", entropy_threshold=0.5, decoders=("dense", "sparserefine"))
     refines, device, precision, sparse_backend = True, "cpu", "fp32", "torch"
-    has_superpixels = False
+    has_superpixels, runtime, under_way = False, "torch", ""
     entropy_threshold = 0.5
 
     def __init__(self) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +22,12 @@ from sparserefine_ros.networks.compact import CompactSegmenter
 from sparserefine_ros.node.logs import RosHandler
 from sparserefine_ros.node.model import load_segmenter
 from sparserefine_ros.node.parameters import BY_NAME, PARAMETERS
+from sparserefine_ros.segmenter import dense as dense_module
 from sparserefine_ros.segmenter import export, onnx_dense
 from sparserefine_ros.segmenter.bundle import Bundle
-from sparserefine_ros.segmenter.onnx_dense import PROVIDERS, RUNTIMES, OnnxDense, pick_providers, progress
+from sparserefine_ros.segmenter.dense import RUNTIMES
+from sparserefine_ros.segmenter.onnx_dense import ExportedNetwork, OnnxDense
+from sparserefine_ros.segmenter.onnx_session import PROVIDERS, Progress, pick_providers
 from sparserefine_ros.segmenter.preprocess import resize
 from sparserefine_ros.segmenter.segmenter import Segmenter
 
@@ -46,10 +51,13 @@ def tiny_network() -> CompactSegmenter:
     return CompactSegmenter(5, widths=[8, 8, 8, 8], depths=[1, 1, 1]).eval()
 
 
+def exported(identity: list[str], folder: Path, half: bool = False, device: torch.device = CPU) -> OnnxDense:
+    return OnnxDense(ExportedNetwork(tiny_network, identity, half, folder), device, half=half, folder=folder)
+
+
 def test_logits_equal_torchs_and_the_file_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs_onnx()
-    network = tiny_network()
-    dense = OnnxDense(network, ["a"], CPU, folder=tmp_path)
+    network, dense = tiny_network(), exported(["a"], tmp_path)
     for shape in [(1, 3, 32, 48), (2, 3, 33, 40), (2, 3, 33, 40)]:
         images = torch.randn(shape).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
@@ -60,16 +68,16 @@ def test_logits_equal_torchs_and_the_file_is_kept(tmp_path: Path, monkeypatch: p
         raise AssertionError("exported again")
 
     monkeypatch.setattr(export, "export_dense", refuse)
-    again = OnnxDense(network, ["a"], CPU, folder=tmp_path)
+    again = exported(["a"], tmp_path)
     assert torch.equal(again(images), dense(images))
     for identity, half in ((["b"], False), (["a"], True)):  # other weights, another format: another file
         with pytest.raises(AssertionError, match="exported again"):
-            OnnxDense(network, identity, CPU, half=half, folder=tmp_path).prepare((32, 48))
+            exported(identity, tmp_path, half).prepare((32, 48))
 
 
 def test_results_are_not_overwritten_by_the_next_call(tmp_path: Path) -> None:
     needs_onnx()
-    dense = OnnxDense(tiny_network(), ["a"], CPU, folder=tmp_path)
+    dense = exported(["a"], tmp_path)
     first = dense(torch.ones(1, 3, 32, 48))
     copy = first.clone()
     dense(torch.zeros(1, 3, 32, 48))
@@ -84,8 +92,8 @@ def test_a_network_of_one_size_runs_image_by_image(tmp_path: Path, frame: np.nda
     for a, b in zip(torchs.segment(frames), ours.segment(frames), strict=True):  # one at a time, joined
         assert (a.mask != b.mask).mean() < 1e-3
         np.testing.assert_allclose(a.low_entropy, b.low_entropy, atol=1e-4)
-    assert len(list(cache.iterdir())) == 1 and isinstance(ours._run_dense, OnnxDense)
-    assert list(ours._run_dense.sessions) == [(32, 48)]
+    assert len(list(cache.iterdir())) == 1 and isinstance(ours.dense, OnnxDense)
+    assert list(ours.dense.sessions) == [(32, 48)]
     assert ours.has_superpixels and ours.superpixels(frame).shape == (64, 96)
 
 
@@ -106,6 +114,23 @@ def test_segmenter_gives_the_same_masks(tiny_bundle: Path, frame: np.ndarray, ca
         assert not np.allclose(plain.segment([image])[0].low_entropy, b.low_entropy, atol=1e-2)
 
 
+def test_torchs_network_is_gone_once_it_is_exported(tiny_bundle: Path, cache: Path, monkeypatch: Any) -> None:
+    needs_onnx()
+    loaded: list[weakref.ref[torch.nn.Module]] = []
+    load = dense_module.load_registered
+
+    def remembered(*arguments: Any) -> torch.nn.Module:
+        network = load(*arguments)
+        loaded.append(weakref.ref(network))
+        return network
+
+    monkeypatch.setattr(dense_module, "load_registered", remembered)
+    segmenter = Segmenter(Bundle.load(tiny_bundle), "cpu", runtime="onnxruntime")
+    gc.collect()
+    assert len(loaded) == 2 and all(ref() is None for ref in loaded)  # to look at, and to export
+    assert list(segmenter.dense.parameters()) == []
+
+
 def test_half_precision_through_the_segmenter(tiny_bundle: Path, frame: np.ndarray, cache: Path) -> None:
     needs_onnx()
     exact = Segmenter(Bundle.load(tiny_bundle), "cpu").segment([frame], refine=False)[0]
@@ -117,7 +142,9 @@ def test_half_precision_through_the_segmenter(tiny_bundle: Path, frame: np.ndarr
 
 def test_errors_name_the_remedy(tiny_bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.load(tiny_bundle)
-    with pytest.raises(ParameterError, match="runtime 'tvm' is unknown; choose one of torch, onnxruntime"):
+    with pytest.raises(
+        ParameterError, match="runtime 'tvm' is unknown; choose one of auto, torch, torch_compile, torch_graph, onnxr"
+    ):
         Segmenter(bundle, "cpu", runtime="tvm")
     with pytest.raises(ParameterError, match="bf16 is for runtime torch"):
         Segmenter(bundle, "cpu", "bf16", runtime="onnxruntime")
@@ -168,9 +195,10 @@ class StandIn:
 
 def test_tensorrt_keeps_its_engines_and_says_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = StandIn("tensorrt")
-    monkeypatch.setattr(onnx_dense, "_onnxruntime", lambda: stand_in)
-    monkeypatch.setattr(OnnxDense, "_file", lambda self, size: tmp_path / "dense.onnx")
-    dense = OnnxDense(tiny_network(), ["a"], CUDA, "tensorrt", half=True, folder=tmp_path)
+    monkeypatch.setattr(onnx_dense, "onnxruntime", lambda: stand_in)
+    monkeypatch.setattr(ExportedNetwork, "file", lambda self, size, fixed: tmp_path / "dense.onnx")
+    source = ExportedNetwork(tiny_network, ["a"], True, tmp_path)
+    dense = OnnxDense(source, CUDA, "tensorrt", half=True, folder=tmp_path)
     lines: list[str] = []
     handler = RosHandler(SimpleNamespace(info=lines.append, warning=lines.append))
     try:
@@ -189,11 +217,12 @@ def test_tensorrt_keeps_its_engines_and_says_what_it_does(tmp_path: Path, monkey
 def test_a_provider_that_does_not_start_is_refused_only_where_it_was_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_dense, "_onnxruntime", lambda: StandIn("cpu"))
-    monkeypatch.setattr(OnnxDense, "_file", lambda self, size: tmp_path / "dense.onnx")
+    monkeypatch.setattr(onnx_dense, "onnxruntime", lambda: StandIn("cpu"))
+    monkeypatch.setattr(ExportedNetwork, "file", lambda self, size, fixed: tmp_path / "dense.onnx")
+    source = ExportedNetwork(tiny_network, ["a"], False, tmp_path)
     with pytest.raises(ParameterError, match="'cuda' does not start here and onnxruntime took 'cpu' instead"):
-        OnnxDense(tiny_network(), ["a"], CUDA, "cuda", folder=tmp_path).prepare((90, 120))
-    auto = OnnxDense(tiny_network(), ["a"], CUDA, "auto", folder=tmp_path)
+        OnnxDense(source, CUDA, "cuda", folder=tmp_path).prepare((90, 120))
+    auto = OnnxDense(source, CUDA, "auto", folder=tmp_path)
     auto.prepare((90, 120))
     assert auto.provider == "cpu"
 
@@ -202,10 +231,14 @@ def test_progress_is_told_again_and_again_and_reaches_the_nodes_log() -> None:
     lines: list[str] = []
     handler = RosHandler(SimpleNamespace(info=lines.append, warning=lines.append))
     try:
-        with progress("building", every_s=0.02):
+        progress = Progress(every_s=0.02)
+        assert progress.text == ""
+        with progress("building"):
             deadline = time.monotonic() + 5
             while len(lines) < 3 and time.monotonic() < deadline:
                 time.sleep(0.005)
+            assert progress.text == "building: 0 s so far"  # what diagnostics say
+        assert progress.text == ""
     finally:
         handler.close()
     assert lines[0] == "building; this can take minutes" and lines[1] == "building: 0 s so far"

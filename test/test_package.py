@@ -25,6 +25,7 @@ ROSDEP: dict[str, str | None] = {
     "builtin_interfaces": "builtin_interfaces",
     "cv2": "python3-opencv",
     "diagnostic_msgs": "diagnostic_msgs",
+    "huggingface_hub": None,
     "jinja2": "python3-jinja2",
     "launch": "launch",
     "launch_ros": "launch_ros",

@@ -15,7 +15,8 @@ from sparserefine_ros.networks.fused_unet import FusedUNet
 from sparserefine_ros.networks.registry import DENSE, REFINERS, build
 from sparserefine_ros.segmenter.bundle import Bundle, load_network
 from sparserefine_ros.segmenter.preprocess import MEAN, STD, low_resolution_size, resize
-from sparserefine_ros.segmenter.segmenter import STAGES, Segmenter
+from sparserefine_ros.segmenter.segmenter import Segmenter
+from sparserefine_ros.segmenter.stage_clock import STAGES
 
 
 def plain_pipeline(bundle: Bundle, image: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

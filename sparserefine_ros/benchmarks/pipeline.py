@@ -23,10 +23,12 @@ from torch import Tensor
 
 from sparserefine_ros.benchmarks.paper_models import MODELS, gmacs, params_m
 from sparserefine_ros.benchmarks.sparse import device_name, now
+from sparserefine_ros.networks.graphed import Graphed
 from sparserefine_ros.networks.graphed_unet import GraphedUNet
 from sparserefine_ros.networks.selectors import upsample_nearest
+from sparserefine_ros.segmenter.dense import PRECISIONS, fold_batch_norm, ready
 from sparserefine_ros.segmenter.head import build_head
-from sparserefine_ros.segmenter.segmenter import PRECISIONS, fold_batch_norm, refiner_input
+from sparserefine_ros.segmenter.segmenter import refiner_input
 from sparserefine_ros.sparse.backends import pick_backend
 
 WAYS = ("hr", "lr", "refined")
@@ -44,6 +46,7 @@ class Setting:
     repeats: int = 3
     stride: str = "dilate"
     backend: str = "auto"
+    graph: bool = False  # the dense segmenter as a CUDA graph
 
 
 class Pipeline:
@@ -52,8 +55,8 @@ class Pipeline:
     def __init__(self, name: str, setting: Setting, precision: str, batch: int) -> None:
         model, self.device, self.dtype = MODELS[name], setting.device, PRECISIONS[precision]
         torch.manual_seed(0)
-        network: Any = fold_batch_norm(model.dense()).to(self.device)
-        self.network = network.to(memory_format=torch.channels_last)
+        network = ready(fold_batch_norm(model.dense()), self.device, self.dtype)
+        self.network = Graphed(lambda images: (network(images),)) if setting.graph else network
         self.refiner = model.refiner(setting.stride).to(self.device)
         backend = pick_backend(setting.backend, self.device, self.dtype)
         self.backend = backend.name
@@ -95,10 +98,8 @@ class Pipeline:
         return ids
 
     def _dense(self, images: Tensor) -> Tensor:  # [B, 3, h, w] -> [B, K, h, w]
-        whole = self.dtype == torch.float32
-        with nullcontext() if whole else torch.autocast(self.device.type, dtype=self.dtype):
-            logits: Tensor = self.network(images)
-        return logits
+        logits = self.network(images)
+        return logits[0] if isinstance(logits, tuple) else logits
 
 
 def measure(
@@ -135,7 +136,8 @@ def measure(
     result["setting"] = {
         "size": list(setting.size), "device": device_name(setting.device), "torch": str(torch.__version__),
         "threads": torch.get_num_threads(), "warmup": setting.warmup, "repeats": setting.repeats,
-        "stride": setting.stride, "weights": "random", "selection": "synthetic, at the paper's density",
+        "stride": setting.stride, "graph": setting.graph, "weights": "random",
+        "selection": "synthetic, at the paper's density",
     }  # fmt: skip
     return result
 
@@ -227,13 +229,14 @@ def markdown(result: dict[str, Any]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
     setting = result["setting"]
     height, width = setting["size"]
+    graphs = "dense parts as CUDA graphs; " if setting["graph"] else ""
     missing = "".join(f" Not measured: {name} ({why})." for name, why in result["missing"].items())
     lines += [
         "",
         f"Random weights; selections are synthetic, at the paper's density. Median an image (10th to 90th percentile) "
         f"of {setting['repeats']} rounds in turn after {setting['warmup']}; frames of {width}x{height}, already on the "
-        f"device; stages timed apart; {setting['stride']} strides; {setting['device']}, {setting['threads']} threads, "
-        f"torch {setting['torch']}.{missing}",
+        f"device; {graphs}stages timed apart; {setting['stride']} strides; {setting['device']}, "
+        f"{setting['threads']} threads, torch {setting['torch']}.{missing}",
     ]
     return "\n".join(lines)
 

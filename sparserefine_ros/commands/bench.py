@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-HELP = "measure: `bench bundle` HR dense, LR dense and LR + SparseRefine, `bench sparse` engines, `bench decoders`, "
-"`bench pipeline` the paper's models"
+HELP = (
+    "measure: `bench bundle` HR dense, LR dense and LR + its refiner, `bench sparse` engines, `bench decoders`, "
+    "`bench pipeline` the paper's models, `bench runtimes` what runs a dense segmenter"
+)
 CARD_MARK = "<!-- table: {} -->"
 
 
@@ -63,14 +65,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precisions", nargs="+", choices=("fp32", "fp16", "bf16"), help="(default: fp16 on CUDA, else fp32)"
     )
     pipeline.add_argument(
-        "--batches", nargs="+", type=int, metavar="N", help="batch sizes (default: 1 4 on CUDA, else 1)"
+        "--batches", nargs="+", type=int, metavar="N", help="batch sizes (default: 1 2 4 8 on CUDA, else 1)"
     )
     pipeline.add_argument("--warmup", type=int, help="untimed rounds (default: 100 on CUDA, else 1)")
     pipeline.add_argument("--repeats", type=int, help="timed rounds (default: 500 on CUDA, else 3)")
     pipeline.add_argument("--stride", default="dilate", choices=("dilate", "floor"), help="of the refiner")
     pipeline.add_argument("--sparse-backend", default="auto", help="of the refiner (default: auto)")
+    pipeline.add_argument("--graph", action="store_true", help="dense parts as CUDA graphs (not yet run on a GPU)")
     pipeline.add_argument("--json", type=Path, help="also save the figures here")
     pipeline.set_defaults(measure=run_pipeline)
+    runtimes = kinds.add_parser("runtimes", help="a bundle's dense segmenter in every runtime, in one run")
+    runtimes.add_argument("model", help="bundle: a folder or a name under models/")
+    runtimes.add_argument("--runtimes", nargs="+", metavar="NAME", help="rows, compared with the first (default: all)")
+    runtimes.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
+    runtimes.add_argument("--precision", default="fp32", choices=("fp32", "fp16", "bf16"))
+    runtimes.add_argument("--repeats", type=int, default=30, help="timed rounds (default: 30)")
+    runtimes.add_argument("--json", type=Path, help="also save the figures here")
+    runtimes.set_defaults(measure=run_runtimes)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -186,14 +197,36 @@ def run_pipeline(args: argparse.Namespace) -> int:
         raise ParameterError(f"--size {args.size}: give HxW") from error
     if height % 2 or width % 2 or min(height, width) < 64:
         raise ParameterError(f"--size {args.size}: give even numbers from 64 on")
-    batches = args.batches or ([1, 4] if cuda else [1])
+    batches = args.batches or ([1, 2, 4, 8] if cuda else [1])
     warmup = (100 if cuda else 1) if args.warmup is None else args.warmup
     repeats = (500 if cuda else 3) if args.repeats is None else args.repeats
     if warmup < 0 or repeats < 1 or min(batches) < 1:
         raise ParameterError(f"--warmup {warmup} --repeats {repeats} --batches {batches}: give 0, 1 and 1 or more")
+    if args.graph and not cuda:
+        raise ParameterError(f"--graph is for CUDA, but the device is {device}; leave it out")
     pick_backend(args.sparse_backend, device)
-    setting = Setting((height, width), device, warmup, repeats, args.stride, args.sparse_backend)
+    setting = Setting((height, width), device, warmup, repeats, args.stride, args.sparse_backend, args.graph)
     result = measure(names, setting, args.precisions or ["fp16" if cuda else "fp32"], batches)
+    print(markdown(result))
+    if args.json:
+        save_json(result, args.json)
+    return 0
+
+
+def run_runtimes(args: argparse.Namespace) -> int:
+    from sparserefine_ros.benchmarks.runtimes import markdown, measure
+    from sparserefine_ros.errors import ParameterError
+    from sparserefine_ros.evaluation.compare import save_json
+    from sparserefine_ros.segmenter.bundle import Bundle
+    from sparserefine_ros.segmenter.dense import RUNTIMES
+
+    if args.repeats < 1:
+        raise ParameterError(f"--repeats is {args.repeats}; give 1 or more")
+    names = args.runtimes or [name for name in RUNTIMES if name not in ("auto", "torch_graph")]
+    for name in names:
+        if name not in RUNTIMES:
+            raise ParameterError(f"--runtimes has {name!r}; choose from {', '.join(RUNTIMES)}")
+    result = measure(Bundle.load(args.model), names, args.device, args.precision, args.repeats)
     print(markdown(result))
     if args.json:
         save_json(result, args.json)

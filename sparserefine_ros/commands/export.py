@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from sparserefine_ros.segmenter.segmenter import Segmenter
 
     bundle = Bundle.load(args.model)
-    segmenter = Segmenter(bundle, "cpu", sparse_backend="torch")
+    segmenter = Segmenter(bundle, "cpu", sparse_backend="torch", runtime="torch")
     size = args.size or bundle.native_size
     low = segmenter.low_size(size)
     fixed = args.size is not None or not is_dynamic(segmenter.dense)

@@ -1,11 +1,11 @@
-"""`sparserefine import`: a checkpoint of mmsegmentation, or a folder from the Hugging Face hub, to a bundle."""
+"""`sparserefine import`: a checkpoint of mmsegmentation, a model of the hub or an ONNX file, to a bundle."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-HELP = "write a bundle from a checkpoint of mmsegmentation or of the Hugging Face hub"
+HELP = "write a bundle from a checkpoint of mmsegmentation or of the Hugging Face hub, or from an ONNX file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,7 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint",
         type=Path,
         help=".safetensors or .pth file of mmsegmentation; or a folder from the hub, with config.json and "
-        "model.safetensors: a SegFormer or a Mask2Former on Swin",
+        "model.safetensors: a SegFormer or a Mask2Former on Swin; or any segmenter as .onnx, normalised images to "
+        "logits, which runtime onnxruntime then runs as it is",
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="the checkpoint is a name on the hub, owner/model: fetch it"
     )
     parser.add_argument(
         "--network",
@@ -38,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from sparserefine_ros.datasets.folder import read_classes
     from sparserefine_ros.errors import ParameterError
     from sparserefine_ros.segmenter.importing import REPORT, import_checkpoint, read_renames
+    from sparserefine_ros.segmenter.licences import UNKNOWN
 
     if not 0 < args.scale <= 1:
         raise ParameterError(f"--scale {args.scale} is out of range; give a number above 0 and at most 1")
@@ -47,9 +52,8 @@ def run(args: argparse.Namespace) -> int:
     height, width = args.native_size
     bundle = import_checkpoint(
         args.checkpoint, args.network, classes, args.models / args.name, (height, width), args.scale,
-        read_renames(args.renames) if args.renames else (),
+        read_renames(args.renames) if args.renames else (), args.download,
     )  # fmt: skip
-    print(
-        f"wrote {bundle.path}; where each weight went: {bundle.path / REPORT}; its entropy threshold is not calibrated"
-    )
+    print(f"wrote {bundle.path}; what was found: {bundle.path / REPORT}; its entropy threshold is not calibrated")
+    print(f"licence: {bundle.provenance['licence'] or UNKNOWN}")
     return 0

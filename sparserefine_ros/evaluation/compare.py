@@ -21,7 +21,7 @@ from sparserefine_ros.datasets.base import UNLABELLED, Sample
 from sparserefine_ros.evaluation.metrics import ConfusionMatrix
 from sparserefine_ros.networks.macs import counting_refiner_macs, dense_macs
 from sparserefine_ros.segmenter.bundle import Bundle
-from sparserefine_ros.segmenter.preprocess import low_resolution_size
+from sparserefine_ros.segmenter.onnx_dense import OnnxDense
 from sparserefine_ros.segmenter.segmenter import Segmenter
 
 HR, LR, REFINED = "HR dense", "LR dense", "LR + SparseRefine"
@@ -45,8 +45,9 @@ def compare(
         HR: Segmenter(bundle, device, precision, refine=False, scale=1.0),
         LR: Segmenter(bundle, device, precision, threshold, refine=False),
     }
+    refined = refined_name(bundle)
     if bundle.refiner:
-        segmenters[REFINED] = Segmenter(bundle, device, precision, threshold, refine=True)
+        segmenters[refined] = Segmenter(bundle, device, precision, threshold, refine=True)
     low = segmenters[LR]
     matrices = {name: ConfusionMatrix(bundle.classes) for name in segmenters}
     times: dict[str, list[float]] = {name: [] for name in segmenters}
@@ -76,7 +77,7 @@ def compare(
     size = samples[0].image.shape[:2]
     macs: dict[str, float] = {HR: _dense_macs(segmenters[HR], size), LR: _dense_macs(low, size)}
     if densities:  # the refiner's work grows with its sites
-        macs[REFINED] = macs[LR] + statistics.fmean(refiner_macs) * statistics.fmean(densities)
+        macs[refined] = macs[LR] + statistics.fmean(refiner_macs) * statistics.fmean(densities)
     rows: dict[str, dict[str, Any]] = {
         name: {
             "miou": matrices[name].miou(), "iou": matrices[name].iou(), "macs_g": macs[name] / 1e9,
@@ -86,7 +87,7 @@ def compare(
         for name in segmenters
     }  # fmt: skip
     if densities:
-        rows[REFINED].update(density=statistics.fmean(densities), recall=found / max(wrong, 1))
+        rows[refined].update(density=statistics.fmean(densities), recall=found / max(wrong, 1))
     ratios = {
         name: {"macs": macs[name] / macs[HR], "time": _median_ratio(times[name], times[HR])}
         for name in segmenters
@@ -98,6 +99,12 @@ def compare(
         "machine": platform.processor() or platform.machine(), "torch": str(torch.__version__),
         "rows": rows, "ratios": ratios,
     }  # fmt: skip
+
+
+def refined_name(bundle: Bundle) -> str:
+    """What the row with the bundle's refiner is called."""
+    network = bundle.refiner.network if bundle.refiner else "nothing"
+    return REFINED if network == "sparserefine" else f"LR + {network}"
 
 
 def markdown(table: dict[str, Any]) -> str:
@@ -141,8 +148,10 @@ def _null_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _dense_macs(segmenter: Segmenter, size: Sequence[int]) -> int:
-    low = low_resolution_size(tuple(size), segmenter.scale)
+def _dense_macs(segmenter: Segmenter, size: Sequence[int]) -> float:
+    if isinstance(segmenter.dense, OnnxDense):
+        return math.nan  # counted in torch's operations
+    low = segmenter.low_size(tuple(size))
     image = torch.zeros(1, 3, *low, device=segmenter.device)
     with torch.no_grad():
         return dense_macs(lambda: segmenter.dense(image))

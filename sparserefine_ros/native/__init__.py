@@ -22,6 +22,11 @@ from torch import Tensor
 from sparserefine_ros.errors import SparseRefineError
 
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
+NATIVE = {
+    **dict.fromkeys(("x86_64", "AMD64", "i686"), ("-march=native",)),
+    **dict.fromkeys(("aarch64", "arm64"), ("-mcpu=native",)),
+}
+"""By architecture: all that this very CPU can do. The kernels are plain C with vectors; elsewhere they do without."""
 PARALLEL = Path(__file__).with_name("parallel.c")
 
 
@@ -36,8 +41,7 @@ def load(source: Path) -> ctypes.CDLL:
     Compiled once for each source, compiler and CPU. Processes that compile at the same time do not disturb each other.
     """
     compiler = _compiler()
-    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    command = [*compiler, *FLAGS, native]
+    command = [*compiler, *FLAGS, *NATIVE.get(platform.machine(), ())]
     key = hashlib.sha256("\0".join([source.read_text(), *command, _version(tuple(compiler)), _cpu()]).encode())
     library = cache_folder() / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if not library.exists():

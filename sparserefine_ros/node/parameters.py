@@ -154,10 +154,12 @@ PARAMETERS: tuple[Parameter, ...] = (
     ),
     Parameter(
         "runtime",
-        "torch",
-        "What runs the dense segmenter; onnxruntime exports it on first use and keeps the file under ~/.cache. The "
-        "refiner runs on sparse_backend in any case.",
-        choices=("torch", "onnxruntime"),
+        AUTO,
+        "What runs the dense segmenter; auto = torch, but onnxruntime for a model that is an ONNX file. torch_compile "
+        "is faster and takes up to minutes at every start; torch_graph replays it as one CUDA graph, not yet run on a "
+        "GPU; onnxruntime exports it on first use and keeps the file under ~/.cache. The refiner runs on "
+        "sparse_backend in any case.",
+        choices=(AUTO, "torch", "torch_compile", "torch_graph", "onnxruntime"),
     ),
     Parameter(
         "provider",

@@ -103,7 +103,8 @@ class SegmentNode(Node):
         kinds = [kind for kind in s.bundle.decoders if kind not in ("dense", "sparserefine")]
         decoder = " + ".join([*kinds, *(["sparserefine"] if s.refines else [])]) or "dense"
         engine = f", sparse backend {s.sparse_backend}" if s.refines else ""
-        return f"model {s.bundle.name} ({decoder}, {len(s.classes)} classes) on {s.device}, {s.precision}{engine}"
+        what = f"model {s.bundle.name} ({decoder}, {len(s.classes)} classes)"
+        return f"{what} on {s.device}, {s.precision}, runtime {s.runtime}{engine}"
 
     def _change(self, name: str, value: Value) -> None:
         """A live parameter change; raises ParameterError to refuse it."""
@@ -185,7 +186,8 @@ class SegmentNode(Node):
             complaint += f"; {remedy()}"
             self.get_logger().warning(complaint, throttle_duration_sec=30.0)
         counts = self._counters.values()
-        level, text = judge(complaint, self._history[-1], counts, publishers)
+        # An engine for frames of another size than the bundle's is built when the first one comes.
+        level, text = judge(self._segmenter.under_way or complaint, self._history[-1], counts, publishers)
         self._history.append(counts)
         rate = (counts["processed"] - self._history[0]["processed"]) / (len(self._history) - 1)
         values: dict[str, object] = {"model": self._description(), "image_topic": topic, "publishers": publishers}

@@ -27,6 +27,8 @@ from sparserefine_ros.errors import BundleError
 from sparserefine_ros.networks.limits import at_most, check_arguments
 from sparserefine_ros.segmenter.bundle_files import FORMAT, read_model_yaml, read_weights, write_model_yaml
 
+ONNX = "onnx"
+"""In place of a network's name: the weights are an ONNX file, which ONNX Runtime runs as it is."""
 MAX_NATIVE = 2**26
 """Pixels of the largest native size: as many as the node takes in a frame."""
 DEFAULT_BUNDLES = {
@@ -43,7 +45,7 @@ DECODERS = tuple(DEFAULT_BUNDLES)
 class NetworkSpec:
     """One network of a bundle: what to build and which file holds its weights."""
 
-    network: str  # a name of networks.registry
+    network: str  # a name of networks.registry, or ONNX
     args: dict[str, Any]
     weights: str  # file name inside the bundle
     sha256: str  # of that file, 64 hexadecimal digits

@@ -39,7 +39,7 @@ class Initial:
     mask: Tensor  # [B, h, w] uint8
     confidence: Tensor  # [B, h, w] uint8, 255 times the largest probability
     probabilities: Tensor | None  # [B, K, h, w] float32, for a refiner that reads them
-    finite: bool  # False where logits were NaN or infinite
+    finite: Tensor | bool  # False where logits were NaN or infinite; [] on the device, for whom it may concern later
 
 
 class Head:
@@ -61,21 +61,23 @@ class Head:
             confidence[part] = (top.values * 255).round().to(torch.uint8)
             if result.probabilities is not None:
                 _rows(result.probabilities)[part] = probabilities
-        return replace(result, finite=bool(torch.isfinite(uncertainty).all()))
+        return replace(result, finite=torch.isfinite(uncertainty).all())
 
-    def merge(self, features: Tensor, logits: Tensor, sites: SiteSet, mask: Tensor, confidence: Tensor) -> bool:
+    def merge(
+        self, features: Tensor, logits: Tensor, sites: SiteSet, mask: Tensor, confidence: Tensor
+    ) -> Tensor | bool:
         """Writes class and confidence of the selected pixels into ``mask`` and ``confidence`` [B, H, W] uint8.
 
         ``features`` [N, C] are the refiner's, ``logits`` [B, K, h, w] the dense segmenter's. False where the result is
-        not finite.
+        not finite, as `Initial.finite`.
         """
         assert self.refiner is not None
-        finite = True
+        finite = torch.ones((), dtype=torch.bool, device=features.device)
         for part in _chunks(len(sites), features.device):
             refined = self.refiner.classifier(features[part].float())
             initial = gather_initial(logits, sites, part)
             top = self.refiner.ensembler(initial.float(), refined).softmax(1).max(1)
-            finite = finite and bool(torch.isfinite(top.values).all())
+            finite &= torch.isfinite(top.values).all()
             mask.view(-1)[sites.flat[part]] = top.indices.to(torch.uint8)
             confidence.view(-1)[sites.flat[part]] = (top.values * 255).round().to(torch.uint8)
         return finite

@@ -1,7 +1,7 @@
-"""A checkpoint of mmsegmentation, or a folder from the Hugging Face hub, to a bundle, weight by weight.
+"""A checkpoint of mmsegmentation, a folder from the Hugging Face hub, or an ONNX file, to a bundle.
 
-Every weight of the checkpoint must find its place and every weight of the network must be filled; anything else is an
-error that names the keys. What came from where is written into the bundle as a report.
+Every weight of a checkpoint must find its place and every weight of the network must be filled; anything else is an
+error that names the keys. What came from where is written into the bundle as a report. An ONNX file stays what it is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import pickle
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,15 +21,20 @@ from sparserefine_ros import __version__
 from sparserefine_ros.datasets.classes import ClassList
 from sparserefine_ros.errors import BundleError
 from sparserefine_ros.networks.registry import DENSE, build
-from sparserefine_ros.segmenter.bundle import Bundle, save_network
+from sparserefine_ros.segmenter import onnx_file
+from sparserefine_ros.segmenter.bundle import ONNX, Bundle, NetworkSpec, save_network
+from sparserefine_ros.segmenter.hub_download import download
 from sparserefine_ros.segmenter.hub_names import WEIGHTS, read_architecture
+from sparserefine_ros.segmenter.licences import find_licence, write_import_card
 from sparserefine_ros.segmenter.mmseg_names import ARCHITECTURES, Architecture, Renames
+from sparserefine_ros.segmenter.preprocess import low_resolution_size
 from sparserefine_ros.untrusted import load_yaml
 
 REPORT = "import.txt"
 """The report's name in the bundle."""
 HUB_NAME = r"[\w.-]+/[\w.-]+"  # owner and model
 SAFE_TORCH = (2, 6)  # before it, weights_only kept code out less well than it said
+SUFFIXES = (".pth", ".safetensors", ".onnx")  # of files, which no name on the hub ends with
 NAMED = 12  # keys that an error lists before it only counts
 
 
@@ -53,24 +58,79 @@ def import_checkpoint(
     native_size: tuple[int, int],
     scale: float = 1.0,
     renames: Renames = (),
+    may_download: bool = False,
 ) -> Bundle:
-    """Writes the bundle ``folder`` from the checkpoint ``file``.
+    """Writes the bundle ``folder`` from the checkpoint ``file``, with a report and a model card.
 
     Args:
-        file: .safetensors, or a .pth that torch reads without running code; or a folder of the hub's.
-        network: a name of `mmseg_names.ARCHITECTURES`; None for a folder, whose config.json says what it is.
+        file: .safetensors, or a .pth that torch reads without running code; or a folder of the hub's; or .onnx.
+        network: a name of `mmseg_names.ARCHITECTURES`; None for a folder, whose config.json says what it is, and for
+            an ONNX file.
         classes: must have as many classes as the checkpoint.
         folder: must not hold a bundle yet; its name becomes the bundle's.
         native_size: (H, W) of the frames it is meant for; other sizes work too.
         scale: low resolution over native resolution.
         renames: applied before the architecture's own.
+        may_download: ``file`` may be a name on the hub.
 
     Raises:
-        BundleError: an unknown network, an unreadable file, weights that are missing, left over or misshapen.
+        BundleError: an unknown network, an unreadable file, weights that are missing, left over or misshapen, a name
+            on the hub that may not or cannot be downloaded.
     """
-    source, file, architecture = _find(file, network, len(classes))
     if (folder / "model.yaml").exists():
         raise BundleError(f"{folder} holds a bundle already; remove it or give another name")
+    bundle = Bundle(
+        path=folder, name=folder.name, classes=classes, scale=scale, native_size=native_size,
+        dense=NetworkSpec(ONNX, {}, "dense.onnx", ""), provenance={"version": __version__},
+    )  # fmt: skip
+    if not file.exists() and re.fullmatch(HUB_NAME, str(file)) and file.suffix not in SUFFIXES:
+        name = str(file)
+        if not may_download:
+            raise BundleError(
+                f"no {name} here, and nothing is downloaded unasked; if it is a name on the hub, add --download"
+            )
+        file = download(name)
+        bundle.provenance.update(hub=name, revision=file.name)
+    if file.suffix == ".onnx" and network is not None:
+        raise BundleError(f"{file} is an ONNX file, which says what it is; leave --network {network} out")
+    licence = find_licence(file) if file.exists() else ""
+    if file.suffix == ".onnx":
+        bundle, report, found = _import_onnx(file, bundle)
+        licence = found or licence
+    else:
+        bundle, rows = _import_weights(file, network, bundle, renames)
+        report = [str(row) for row in rows]
+    bundle.provenance["licence"] = licence
+    bundle.save()
+    (folder / REPORT).write_text("".join(f"{line}\n" for line in report))
+    write_import_card(bundle, REPORT)
+    return bundle
+
+
+def _import_onnx(file: Path, bundle: Bundle) -> tuple[Bundle, list[str], str]:
+    """``bundle`` with the ONNX file in it, what was found, and the licence of its metadata."""
+    wanted = low_resolution_size(bundle.native_size, bundle.scale)
+    found = onnx_file.inspect(file, len(bundle.classes), wanted)
+    size = tuple(found.args["size"] or wanted)
+    if size != wanted:
+        height, width = bundle.native_size
+        raise BundleError(
+            f"{file} takes images of {size[0]}x{size[1]} alone, but frames of {height}x{width} at scale "
+            f"{bundle.scale:g} give {wanted[0]}x{wanted[1]}; give --native-size and --scale that fit, or export it "
+            "with dynamic height and width"
+        )
+    onnx_file.save(found, bundle.path / "dense.onnx")
+    spec = NetworkSpec(ONNX, found.args, "dense.onnx", _sha256(bundle.path / "dense.onnx"))
+    bundle.provenance.update(
+        imported_as=f"ONNX of opset {found.opset}", checkpoint=file.name, checkpoint_sha256=_sha256(file)
+    )
+    return replace(bundle, dense=spec), found.report, found.licence
+
+
+def _import_weights(file: Path, network: str | None, bundle: Bundle, renames: Renames) -> tuple[Bundle, list[Row]]:
+    """``bundle`` with the network that the checkpoint is for, and what became of each weight."""
+    classes = bundle.classes
+    source, file, architecture = _find(file, network, len(classes))
     state = read_checkpoint(file)
     weights, rows = rename(state, architecture, renames)
     args = architecture.args(weights)
@@ -79,17 +139,11 @@ def import_checkpoint(
     except ValueError as error:
         raise BundleError(str(error)) from error
     rows = fill(module, weights, rows, f"{file} as {source} with the {len(classes)} classes of {classes.name!r}")
-    spec = save_network(folder, module, architecture.network, args, "dense.safetensors")
-    bundle = Bundle(
-        path=folder, name=folder.name, classes=classes, scale=scale, native_size=native_size, dense=spec,
-        provenance={
-            "version": __version__, "torch": str(torch.__version__), "imported_as": source,
-            "checkpoint": file.name, "checkpoint_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-        },
-    )  # fmt: skip
-    bundle.save()
-    (folder / REPORT).write_text("".join(f"{row}\n" for row in rows))
-    return bundle
+    spec = save_network(bundle.path, module, architecture.network, args, "dense.safetensors")
+    bundle.provenance.update(
+        torch=str(torch.__version__), imported_as=source, checkpoint=file.name, checkpoint_sha256=_sha256(file)
+    )
+    return replace(bundle, dense=spec), rows
 
 
 def _find(file: Path, network: str | None, num_classes: int) -> tuple[str, Path, Architecture]:
@@ -101,11 +155,6 @@ def _find(file: Path, network: str | None, num_classes: int) -> tuple[str, Path,
         if not (file / WEIGHTS).is_file():
             raise BundleError(f"{file} has no {WEIGHTS}; other forms and weights in several files are not read")
         return source, file / WEIGHTS, architecture
-    if not file.exists() and re.fullmatch(HUB_NAME, str(file)) and file.suffix not in (".pth", ".safetensors"):
-        raise BundleError(
-            f"there is no {file} here, and nothing is downloaded: if it is a name on the hub, "
-            f"`hf download {file} --local-dir FOLDER` first, then give FOLDER"
-        )
     if network not in ARCHITECTURES:
         raise BundleError(f"unknown network {network!r}; choose one of {', '.join(ARCHITECTURES)}")
     return network, file, ARCHITECTURES[network]
@@ -206,6 +255,10 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], rows: Sequence[Row], 
 def _release(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: (2, 6, 0) of "2.6.0+cpu"."""
     return tuple(int(number) for number in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _substitute(name: str, renames: Renames) -> str:

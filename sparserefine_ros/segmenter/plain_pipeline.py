@@ -18,7 +18,7 @@ from sparserefine_ros.networks.entropy import entropy
 from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.selectors import nearest_index, upsample_nearest
 from sparserefine_ros.segmenter.plain_refiner import PlainUNet, finest
-from sparserefine_ros.segmenter.preprocess import MEAN, STD
+from sparserefine_ros.segmenter.preprocess import MEAN, STD, averaged
 
 
 class PipelineOutput(NamedTuple):
@@ -83,36 +83,13 @@ class PlainPipeline(nn.Module):
 
 
 def shrink(image: Tensor, scale: float) -> Tensor:
-    """[H, W, 3] uint8 to [h, w, 3] float of whole numbers, averaged over the area: `preprocess.resize` of that size.
-
-    Equal to OpenCV's INTER_AREA at 1 : 2, where halves are rounded up as it does; elsewhere halves go to even, and a
-    few values differ by one, as OpenCV adds up with rounded weights.
-    """
+    """[H, W, 3] uint8 to [h, w, 3] float of whole numbers: `preprocess.shrink` of a size that is not known yet."""
     height, width = image.shape[:2]
     h, w = (_low_size(size, scale) for size in (height, width))
-    averaged = _averaged(_averaged(image.float(), h, scale).transpose(0, 1), w, scale).transpose(0, 1)
+    taps = math.ceil(1 / scale) + 2  # sizes were rounded, hence one more than a window can touch
+    both = averaged(averaged(image.float(), h, taps).transpose(0, 1), w, taps).transpose(0, 1)
     halved = (height == 2 * h) & (width == 2 * w)
-    return torch.where(_tensor(halved), (averaged + 0.5).floor(), averaged.round())
-
-
-def _averaged(x: Tensor, size: Any, scale: float) -> Tensor:
-    """[H, W, 3] to [size, W, 3]: every new row the mean of the old ones it covers, in shares of the area.
-
-    In units of 1 / size of an old row, old row j spans [j size, (j + 1) size) and new row i [i H, (i + 1) H): shares
-    are whole numbers, exact for every size.
-    """
-    height = x.shape[0]
-    index = torch.arange(size)
-    first = index * height // size
-    total = None
-    for tap in range(math.ceil(1 / scale) + 2):  # size was rounded, hence one more than a window can touch
-        row = first + tap
-        share = torch.minimum((row + 1) * size, (index + 1) * height) - torch.maximum(row * size, index * height)
-        share = torch.where(1000 * share > size, share, 0)  # OpenCV leaves out what is less than 1/1000 of a row
-        part = x.index_select(0, row.clamp(max=height - 1)) * share.float()[:, None, None]
-        total = part if total is None else total + part
-    assert total is not None
-    return total / height
+    return torch.where(_tensor(halved), (both + 0.5).floor(), both.round())
 
 
 def _low_size(size: Any, scale: float) -> Tensor:

@@ -10,35 +10,39 @@ Shape shorthand: B images of one size, K classes, H, W native size, h, w low res
 from __future__ import annotations
 
 import math
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor
 
-from sparserefine_ros import __version__
 from sparserefine_ros.errors import BundleError, FrameError, ParameterError
 from sparserefine_ros.networks.bilateral import BilateralRefiner
+from sparserefine_ros.networks.graphed import Graphed
 from sparserefine_ros.networks.graphed_unet import GraphedUNet
 from sparserefine_ros.networks.refiner import SparseRefiner
-from sparserefine_ros.networks.registry import DENSE, REFINERS, Refiner, build
+from sparserefine_ros.networks.registry import REFINERS, Refiner
 from sparserefine_ros.networks.selectors import upsample_nearest
-from sparserefine_ros.networks.superpixel import SuperpixelTransformer
-from sparserefine_ros.segmenter.bundle import Bundle, NetworkSpec, build_network
+from sparserefine_ros.segmenter.bundle import ONNX, Bundle, NetworkSpec
+from sparserefine_ros.segmenter.dense import PRECISIONS, Compiled, load_dense, load_registered
 from sparserefine_ros.segmenter.head import Initial, build_head, gather_initial
-from sparserefine_ros.segmenter.onnx_dense import RUNTIMES, OnnxDense
-from sparserefine_ros.segmenter.preprocess import low_resolution_size, normalise, normalise_pixels, resize, upload
+from sparserefine_ros.segmenter.onnx_dense import OnnxDense
+from sparserefine_ros.segmenter.preprocess import (
+    low_resolution_size,
+    normalise,
+    normalise_pixels,
+    resize,
+    shrink,
+    to_host,
+    upload,
+)
+from sparserefine_ros.segmenter.stage_clock import StageClock
 from sparserefine_ros.sparse import SiteSet
 from sparserefine_ros.sparse.backends import pick_backend
-
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-STAGES = ("preprocess", "dense", "select", "refine", "merge")
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Segmenter:
         scale: low resolution over native; None takes the bundle's. Scale 1 without refinement is the dense
             baseline, with the bundle's weights for native resolution where it has them.
         sparse_backend: a name of ``sparse.backends``; "auto" takes the fastest that runs here.
-        runtime: what runs the dense segmenter, torch or onnxruntime; the refiner runs on the sparse backend.
+        runtime: what runs the dense segmenter, one of RUNTIMES; the refiner runs on the sparse backend.
         provider: of onnxruntime; see `OnnxDense`.
 
     Raises:
@@ -86,7 +90,7 @@ class Segmenter:
         refine: bool | None = None,
         scale: float | None = None,
         sparse_backend: str = "auto",
-        runtime: str = "torch",
+        runtime: str = "auto",
         provider: str = "auto",
     ) -> None:
         self.bundle, self.classes = bundle, bundle.classes
@@ -103,24 +107,22 @@ class Segmenter:
             )
         self.refines = bundle.refiner is not None if refine is None else refine
         self.entropy_threshold = bundle.entropy_threshold if entropy_threshold is None else entropy_threshold
-        dense = bundle.native if self.scale == 1 and bundle.native else bundle.dense
-        self.dense: nn.Module = fold_batch_norm(self._load(DENSE, dense))
-        self.dense = self.dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if bundle.temperature != 1 and dense is bundle.dense:
-            self.dense = Tempered(self.dense, bundle.temperature)
-        self._run_dense: Callable[[Tensor], Tensor] = self.dense
-        self.runtime = "torch"
-        if runtime == "onnxruntime":
-            self._run_dense = onnx = self._onnx(dense, provider)
-            self.runtime = f"onnxruntime ({onnx.provider})"
-        elif runtime != "torch":
-            raise ParameterError(f"runtime {runtime!r} is unknown; choose one of {', '.join(RUNTIMES)}")
+        spec = bundle.native if self.scale == 1 and bundle.native else bundle.dense
+        self._fixed_size = self._only_size(spec, scale)
+        dense = load_dense(bundle, spec, self.device, precision, runtime, provider)
+        self.dense, self.runtime, self._superpixels = dense.module, dense.runtime, dense.superpixels
+        low = self.low_size(bundle.native_size)
+        if isinstance(self.dense, Compiled):
+            self.dense.prepare(normalise(torch.zeros(1, *low, 3, dtype=torch.uint8, device=self.device)))
+        if isinstance(self.dense, OnnxDense):
+            self.dense.prepare(low)
+            self.runtime = f"onnxruntime ({self.dense.provider})"
         backend = pick_backend(sparse_backend, self.device, PRECISIONS[precision])
         self.sparse_backend = backend.name
         self.refiner: Refiner | None = None
         self.graphed: GraphedUNet | None = None
         if self.refines and bundle.refiner is not None:
-            self.refiner = refiner = self._load(REFINERS, bundle.refiner)
+            self.refiner = refiner = load_registered(bundle, bundle.refiner, REFINERS).to(self.device)
             if isinstance(refiner, SparseRefiner):
                 refiner.fuse(backend, PRECISIONS[precision])
             if isinstance(refiner, SparseRefiner) and backend.name == "triton" and self.device.type == "cuda":
@@ -128,27 +130,24 @@ class Segmenter:
                 # One launch a frame. Not yet run on a GPU, as the backend itself, which "auto" therefore leaves alone.
                 self.graphed = GraphedUNet(refiner.fused, refiner.stride, refiner_input)
         self.head = build_head(self.refiner, self.device)
+        captured = self.runtime == "torch_graph"  # for who asks: not yet run on a GPU
+        self.shrunk_and_seen = Graphed(self._shrink_and_see) if captured else self._shrink_and_see
 
-    def _onnx(self, spec: NetworkSpec, provider: str) -> OnnxDense:
-        """The dense segmenter in ONNX Runtime, ready for frames of the bundle's size."""
-        if self.precision == "bf16":
-            raise ParameterError("precision bf16 is for runtime torch; runtime onnxruntime takes fp32 or fp16")
-        temperature = self.dense.temperature if isinstance(self.dense, Tempered) else 1.0
-        identity = [__version__, spec.sha256, spec.network, spec.args, temperature]
-        onnx = OnnxDense(self.dense, identity, self.device, provider, self.precision == "fp16")
-        onnx.prepare(self.low_size(self.bundle.native_size))
-        return onnx
-
-    def _load(self, table: Any, spec: NetworkSpec) -> Any:
-        def make() -> nn.Module:
-            network: nn.Module = build(table, spec.network, len(self.classes), spec.args)
-            return network
-
-        return build_network(self.bundle.path, spec, make).to(self.device)
+    def _only_size(self, spec: NetworkSpec, scale: float | None) -> tuple[int, int] | None:
+        """The only (h, w) that the dense segmenter takes, if it is an ONNX file of such a kind."""
+        if spec.network != ONNX or spec.args.get("size") is None:
+            return None
+        height, width = spec.args["size"]
+        if scale is not None and low_resolution_size(self.bundle.native_size, scale) != (height, width):
+            raise ParameterError(
+                f"bundle {self.bundle.name!r} is an ONNX file for images of {height}x{width} alone: it cannot run at "
+                f"scale {scale}; export it anew with dynamic height and width"
+            )
+        return height, width
 
     def low_size(self, size: tuple[int, ...]) -> tuple[int, int]:
         """(h, w) at which the dense segmenter sees a frame of ``size`` (H, W)."""
-        return low_resolution_size(size, self.scale)
+        return self._fixed_size or low_resolution_size(size, self.scale)
 
     @property
     def entropy_threshold(self) -> float:
@@ -185,7 +184,7 @@ class Segmenter:
     @property
     def has_superpixels(self) -> bool:
         """Whether the decoder works on superpixels."""
-        return isinstance(self._network, SuperpixelTransformer)
+        return self._superpixels is not None
 
     @torch.inference_mode()
     def superpixels(self, image: np.ndarray) -> np.ndarray:
@@ -194,49 +193,67 @@ class Segmenter:
         Raises ParameterError for a decoder without superpixels, FrameError as ``segment``.
         """
         _check_image(image)
-        network = self._network
-        if not isinstance(network, SuperpixelTransformer):
+        if self._superpixels is None:
             raise ParameterError(f"bundle {self.bundle.name!r} has no superpixels; choose a superpixel bundle")
         size = (image.shape[0], image.shape[1])
         low = torch.from_numpy(resize(image, self.low_size(size)))[None].to(self.device)
         with self._autocast():
-            ids = network.superpixels(normalise(low))  # [1, h, w]
-        return _array(upsample_nearest(ids, size)[0])
+            ids = self._superpixels.superpixels(normalise(low))  # [1, h, w]
+        [array] = to_host(upsample_nearest(ids, size)[0])
+        return array
 
     @property
-    def _network(self) -> nn.Module:
-        return self.dense.network if isinstance(self.dense, Tempered) else self.dense
+    def under_way(self) -> str:
+        """What the runtime is busy with beside frames, an engine or compiling, and since when; else empty."""
+        return self.dense.progress.text if isinstance(self.dense, OnnxDense | Compiled) else ""
 
     @torch.inference_mode()
     def _segment_batch(self, images: Sequence[np.ndarray], refine: bool) -> list[Segmentation]:
-        clock = _StageClock(self.device)
+        clock = StageClock(self.device)
         size = (images[0].shape[0], images[0].shape[1])
+        on_gpu = self.device.type == "cuda"
         with clock("preprocess"):
-            low = upload([resize(image, self.low_size(size)) for image in images], self.device)
-            x = normalise(low)
-        with clock("dense"), self._autocast():
-            logits = self._run_dense(x)  # [B, K, h, w]
+            # A GPU shrinks what the refiner needs there anyway; on a CPU OpenCV is faster.
+            native = upload(images, self.device) if on_gpu or refine else None
+            low = None if on_gpu else upload([resize(image, self.low_size(size)) for image in images], self.device)
+        with clock("dense"):
+            if low is None:
+                assert native is not None
+                low, logits = self.shrunk_and_seen(native)
+            else:
+                logits = self.dense(normalise(low))  # [B, K, h, w]
         with clock("select"):
             initial = self.head.initial(logits)
-            if not initial.finite:
-                raise FrameError(
-                    f"the dense segmenter of bundle {self.bundle.name!r} gave logits that are not finite; "
-                    f"check its weights, or try precision fp32 (now {self.precision})"
-                )
             mask, confidence = upsample_nearest(initial.mask, size), upsample_nearest(initial.confidence, size)
             selected = upsample_nearest(initial.entropy > self._threshold, size)  # bool [B, H, W]
-        densities = [0.0] * len(images)
+        density, finite = torch.zeros(len(images), device=self.device), torch.tensor(True)
         if refine and self.refiner is not None:
-            densities = selected.flatten(1).float().mean(1).tolist()
-            self._refine(images, low, logits, initial, selected, mask, confidence, clock)
+            assert native is not None
+            density = selected.flatten(1).float().mean(1)
+            finite = torch.as_tensor(self._refine(native, low, logits, initial, selected, mask, confidence, clock))
+        # Nothing above asks the device for a value, but for the number of selected pixels.
+        masks, confidences, entropies, densities, *whole = to_host(
+            mask, confidence, initial.entropy, density, torch.as_tensor(initial.finite), finite
+        )
+        for part, fine in zip(("dense segmenter", "refiner"), whole, strict=True):
+            if not fine:
+                raise FrameError(
+                    f"the {part} of bundle {self.bundle.name!r} gave logits that are not finite; "
+                    f"check its weights, or try precision fp32 (now {self.precision})"
+                )
+        ms = clock.ms
         return [
-            Segmentation(_array(mask[b]), _array(confidence[b]), _array(initial.entropy[b]), densities[b], clock.ms)
-            for b in range(len(images))
+            Segmentation(masks[b], confidences[b], entropies[b], float(densities[b]), ms) for b in range(len(images))
         ]
+
+    def _shrink_and_see(self, native: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, H, W, 3] uint8 to what the dense segmenter sees of it, [B, h, w, 3] uint8, and its logits."""
+        low = shrink(native, self.low_size(native.shape[1:3]))
+        return low, self.dense(normalise(low))
 
     def _refine(
         self,
-        images: Sequence[np.ndarray],
+        native: Tensor,
         low: Tensor,
         logits: Tensor,
         initial: Initial,
@@ -244,35 +261,29 @@ class Segmenter:
         mask: Tensor,
         confidence: Tensor,
         clock: Any,
-    ) -> None:
+    ) -> Tensor | bool:
         """Writes the final prediction of the selected pixels into ``mask`` and ``confidence`` [B, H, W].
 
-        low: [B, h, w, 3] uint8, the images as the dense segmenter saw them.
+        native: [B, H, W, 3] uint8; low: [B, h, w, 3], the images as the dense segmenter saw them. False where the
+        result is not finite, as `Initial.finite`.
         """
         assert self.refiner is not None
         with clock("refine"), self._autocast():
             context = () if initial.probabilities is None else (initial.probabilities,)
             if self.graphed is not None:
-                sites, features = self.graphed(selected, self._native(images), *context)  # [N, C]
+                sites, features = self.graphed(selected, native, *context)  # [N, C]
             elif isinstance(self.refiner, BilateralRefiner):
                 sites = SiteSet.from_mask(selected)
-                features = self.refiner(sites, self._native(images), low, *context)
+                features = self.refiner(sites, native, low, *context)
             else:
                 pyramid = self.refiner.pyramid(selected)
                 sites = pyramid.levels[0]
                 if len(sites) == 0:
-                    return
-                x = refiner_input(sites, self._native(images), *context)
+                    return True
+                x = refiner_input(sites, native, *context)
                 features = self.refiner.features(x, pyramid)
         with clock("merge"):
-            if not self.head.merge(features, logits, sites, mask, confidence):
-                raise FrameError(
-                    f"the refiner of bundle {self.bundle.name!r} gave logits that are not finite; "
-                    f"check its weights, or try precision fp32 (now {self.precision})"
-                )
-
-    def _native(self, images: Sequence[np.ndarray]) -> Tensor:  # [B, H, W, 3] uint8
-        return upload(images, self.device)
+            return self.head.merge(features, logits, sites, mask, confidence)
 
     def _autocast(self) -> Any:
         dtype = PRECISIONS[self.precision]
@@ -286,18 +297,6 @@ def refiner_input(sites: SiteSet, native: Tensor, probabilities: Tensor | None =
     """
     pixels = normalise_pixels(native.view(-1, 3)[sites.flat])
     return pixels if probabilities is None else torch.cat([pixels, gather_initial(probabilities, sites)], 1)
-
-
-class Tempered(nn.Module):
-    """A dense segmenter whose logits are divided by its bundle's temperature (Guo et al., 2017)."""
-
-    def __init__(self, network: nn.Module, temperature: float) -> None:
-        super().__init__()
-        self.network, self.temperature = network, temperature
-
-    def forward(self, images: Tensor) -> Tensor:  # [B, 3, h, w] -> [B, K, h, w]
-        logits: Tensor = self.network(images)
-        return logits / self.temperature
 
 
 def pick_device(name: str) -> torch.device:
@@ -315,41 +314,9 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def fold_batch_norm(module: nn.Module) -> nn.Module:
-    """Folds every BatchNorm2d that directly follows a Conv2d in an nn.Sequential into that convolution, in place."""
-    for parent in module.modules():
-        if isinstance(parent, nn.Sequential):
-            for i in range(len(parent) - 1):
-                conv, norm = parent[i], parent[i + 1]
-                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                    parent[i], parent[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
-    return module
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    array: np.ndarray = tensor.cpu().numpy()
-    return array
-
-
 def _check_image(image: np.ndarray) -> None:
     if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         what = f"{image.dtype} array of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise FrameError(f"cannot segment a {what}; give a uint8 RGB array of shape [H, W, 3]")
     if 0 in image.shape:
         raise FrameError(f"cannot segment an image of shape {image.shape}; it has no pixels")
-
-
-class _StageClock:
-    """Milliseconds by stage; waits for the device at the end of each."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.ms = dict.fromkeys(STAGES, 0.0)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.ms[stage] += (time.perf_counter() - start) * 1e3

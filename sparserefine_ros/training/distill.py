@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from sparserefine_ros.datasets.base import UNLABELLED, Sample
 from sparserefine_ros.errors import TrainingError
 from sparserefine_ros.evaluation.calibration import DensityRecall, density_recall, draw
-from sparserefine_ros.evaluation.compare import HR, LR, REFINED
+from sparserefine_ros.evaluation.compare import HR, LR
 from sparserefine_ros.networks.bilateral import BilateralRefiner
 from sparserefine_ros.networks.registry import REFINERS, build
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
@@ -179,9 +179,10 @@ def _train(
 def summary(table: dict[str, Any]) -> str:
     """What a person wants to know of ``table``, `evaluation.compare.compare` on the held-out frames."""
     rows = table["rows"]
-    before, after = rows[LR]["agreement"], rows[REFINED]["agreement"]
+    refined = next(row for name, row in rows.items() if name not in (HR, LR))
+    before, after = rows[LR]["agreement"], refined["agreement"]
     lines = [
-        f"{table['frames']} held-out frames, {rows[REFINED]['density']:.1%} of the pixels refined",
+        f"{table['frames']} held-out frames, {refined['density']:.1%} of the pixels refined",
         f"agreement with full resolution: {before:.2%} at low resolution, {after:.2%} refined; "
         f"{gap_closed(before, after):.0%} of the gap closed",
     ]
