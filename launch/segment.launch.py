@@ -78,7 +78,7 @@ def generate_launch_description() -> LaunchDescription:
         if file and not Path(file).is_file():
             raise FileNotFoundError(f"params_file '{file}' does not exist; give a YAML file or leave it out")
         # Numbers are read as YAML, so that `auto` stays a word; text stays text, even a model called 2024.
-        kinds = {p.name: None if p.numeric else str for p in PARAMETERS}
+        kinds = {p.name: None if p.numeric or isinstance(p.default, list) else str for p in PARAMETERS}
         values = {name: ParameterValue(LaunchConfiguration(name), value_type=kind) for name, kind in kinds.items()}
         values["use_sim_time"] = ParameterValue(LaunchConfiguration("use_sim_time"), value_type=bool)
         chosen = {name: value for name, value in values.items() if name in given}

@@ -70,16 +70,18 @@ class Bench:
     def __init__(self, context: Context, **parameters: Any) -> None:
         self.segmenter = StandIn()
         overrides = [Parameter(name, value=value) for name, value in parameters.items()]
-        self.node = SegmentNode(lambda values: self.segmenter, context=context, parameter_overrides=overrides)
+        self.node = SegmentNode(lambda values, announce: self.segmenter, context=context, parameter_overrides=overrides)
+        self.node.start()
+        [self.camera] = self.node.cameras
         self.masks: list[tuple[Header, np.ndarray]] = []
-        self.node._outputs.publish = lambda header, image, result, opacity: self.masks.append((header, result.mask))
+        self.camera.outputs.publish = lambda header, image, result, opacity: self.masks.append((header, result.mask))
 
     def feed(self, value: int, **changes: Any) -> None:
         image = np.full((4, 6, 3), value, np.uint8)
         message = fill_image(Image(), Header(frame_id=f"camera{value}"), image, "rgb8")
         for name, changed in changes.items():
             setattr(message, name, changed)
-        self.node._receive(serialize_message(message))
+        self.node._receive(self.camera, serialize_message(message))
 
     def until(self, done: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 10
@@ -88,7 +90,7 @@ class Bench:
             time.sleep(0.005)
 
     def counts(self) -> dict[str, int]:
-        return self.node._counters.values()
+        return self.camera.counters.values()
 
     def processed(self, number: int) -> None:
         self.until(lambda: self.counts()["processed"] == number)
@@ -217,7 +219,7 @@ def test_live_parameters_reach_the_segmenter(bench: Bench) -> None:
     [result] = bench.node.set_parameters([Parameter("entropy_threshold", value="much")])
     assert not result.successful and "'much'" in result.reason and bench.segmenter.entropy_threshold == 0.5
     [result] = bench.node.set_parameters([Parameter("overlay_opacity", value=0)])
-    assert result.successful and bench.node._opacity == 0.0
+    assert result.successful and bench.node._worker.opacity == 0.0
 
 
 @pytest.mark.parametrize(
@@ -240,7 +242,7 @@ def test_bad_parameters_stop_the_start(
 
 def test_diagnostics_tell_counters_and_density(bench: Bench) -> None:
     sent: list[Any] = []
-    bench.node._diagnostics.publish = sent.append
+    bench.node._reporter._publisher.publish = sent.append
     bench.feed(1)
     bench.processed(1)
     bench.node._tick()

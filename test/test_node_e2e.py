@@ -212,9 +212,9 @@ def test_parameters_are_described(running: Any) -> None:
     _, client, _ = running
     request = DescribeParameters.Request(names=["entropy_threshold", "queue"])
     threshold, queue = client.call(DescribeParameters, "segment/describe_parameters", request).descriptors
-    assert "nats" in threshold.description and not threshold.read_only
+    assert "nats" in threshold.description
     assert threshold.floating_point_range[0].to_value == 5.5413
-    assert queue.additional_constraints == "newest, all" and queue.read_only
+    assert queue.additional_constraints == "newest, all"
 
 
 def test_pictures_fit_the_mask(running: Any, offline: Segmenter, frame: np.ndarray) -> None:

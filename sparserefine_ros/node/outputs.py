@@ -15,32 +15,44 @@ from sparserefine_ros.datasets.classes import ClassList
 from sparserefine_ros.networks.boundaries import draw_boundaries
 from sparserefine_ros.node import labels
 from sparserefine_ros.node.conversion import colourise, fill_image, overlay
+from sparserefine_ros.node.sources import RESULTS
 from sparserefine_ros.node.status import FrameReport, diagnostics
 
 if TYPE_CHECKING:
     from sparserefine_ros.segmenter.segmenter import Segmentation
 
-RESULTS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
+RELIABLE = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
 LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 
 
 class Outputs:
-    """The publishers below `segmentation/`."""
+    """The publishers of one camera, below the namespace `results`."""
 
-    def __init__(self, node: Node, classes: ClassList, superpixels: bool) -> None:
-        self._classes, self._lut = classes, classes.lut()
+    def __init__(self, node: Node, classes: ClassList, superpixels: bool, results: str = RESULTS) -> None:
+        self._node, self._classes, self._lut = node, classes, classes.lut()
         images = ["mask", "confidence", "entropy", "color", "overlay", *(["superpixels"] if superpixels else [])]
-        self._images = {name: node.create_publisher(Image, f"segmentation/{name}", RESULTS) for name in images}
-        self._timing = node.create_publisher(DiagnosticArray, "segmentation/timing", RESULTS)
-        self._json = node.create_publisher(String, "segmentation/label_info_json", LATCHED)
+        self._images = {name: node.create_publisher(Image, f"{results}/{name}", RELIABLE) for name in images}
+        self._timing = node.create_publisher(DiagnosticArray, f"{results}/timing", RELIABLE)
+        self._json = node.create_publisher(String, f"{results}/label_info_json", LATCHED)
         self._label_info: Any = None
         if labels.LabelInfo is None:
             node.get_logger().info(
-                "vision_msgs is not installed: class names come as JSON on segmentation/label_info_json only "
-                "(std_msgs/String, latched), not on segmentation/label_info"
+                f"vision_msgs is not installed: class names come as JSON on {results}/label_info_json only "
+                f"(std_msgs/String, latched), not on {results}/label_info",
+                once=True,
             )
         else:
-            self._label_info = node.create_publisher(labels.LabelInfo, "segmentation/label_info", LATCHED)
+            self._label_info = node.create_publisher(labels.LabelInfo, f"{results}/label_info", LATCHED)
+
+    @property
+    def publishers(self) -> list[Any]:
+        """All of them."""
+        return [*self._images.values(), self._timing, self._json, *([self._label_info] if self._label_info else [])]
+
+    def destroy(self) -> None:
+        """Takes the topics away."""
+        for publisher in self.publishers:
+            self._node.destroy_publisher(publisher)
 
     def publish_labels(self, stamp: Any) -> None:
         """Class names and colours, latched. Repeated now and then: a bag split loses latched messages."""

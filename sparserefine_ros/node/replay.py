@@ -196,7 +196,7 @@ class Replayer:
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         for status in message.status:
-            if not status.name.lstrip("/").startswith(self._node_name):
+            if not status.name.startswith(self._node_name) or not status.name.endswith(": segmentation"):
                 continue
             values = _numbers(status)
             if "received" in values:

@@ -1,0 +1,163 @@
+"""The thread that decodes, segments and publishes.
+
+Frames that are replaced before their turn are never deserialized. A malformed frame costs itself only, and so does one
+that the segmenter fails at: where a batch fails, its frames are tried one by one.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rclpy.serialization import deserialize_message
+
+from sparserefine_ros.errors import FrameError
+from sparserefine_ros.node.camera import Camera
+from sparserefine_ros.node.conversion import to_rgb
+from sparserefine_ros.node.model import is_out_of_memory
+from sparserefine_ros.node.percentiles import StageWindow
+from sparserefine_ros.node.scheduler import Scheduler
+from sparserefine_ros.node.status import FrameReport
+
+if TYPE_CHECKING:
+    from sparserefine_ros.segmenter.segmenter import Segmentation, Segmenter
+
+QUIET_S = 5.0  # at most one warning of a kind in this time
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A decoded frame; times in seconds of time.perf_counter."""
+
+    camera: Camera
+    header: Any
+    image: np.ndarray  # [H, W, 3] uint8 RGB
+    start: float  # when its decoding began
+    decoded: float
+
+
+@dataclass(frozen=True)
+class Done:
+    """A frame's result, or the error that it cost."""
+
+    result: Segmentation | None
+    refined: bool = True
+    error: Exception | None = None
+
+
+class Worker:
+    """Serves the scheduler's batches until `stop`. `ok` tells whether publishing still makes sense."""
+
+    def __init__(
+        self, segmenter: Segmenter, scheduler: Scheduler[Camera], logger: Any, ok: Callable[[], bool], opacity: float
+    ) -> None:
+        self.segmenter, self.scheduler, self.opacity = segmenter, scheduler, opacity
+        self.stages = StageWindow()
+        self._logger, self._ok = logger, ok
+        self._thread = threading.Thread(target=self._work, name="segment")
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Returns when the batch in work is published; frames that wait are counted as dropped."""
+        for camera, dropped in self.scheduler.close().items():
+            camera.counters.add(dropped=dropped)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while batch := self.scheduler.take():
+            frames = [frame for camera, data in batch if (frame := self._decode(camera, data)) is not None]
+            groups: dict[tuple[int, ...], list[Frame]] = defaultdict(list)
+            for frame in frames:
+                groups[frame.image.shape].append(frame)
+            for group in groups.values():
+                if not self._serve(group):
+                    return
+
+    def _decode(self, camera: Camera, data: bytes) -> Frame | None:
+        start = time.perf_counter()
+        try:
+            message = deserialize_message(data, camera.message_type)
+            image = to_rgb(message)
+        except Exception as error:  # whatever a sender does may cost its frame, never the node
+            camera.counters.add(malformed=1)
+            self._logger.warning(
+                f"malformed frame on {camera.image_topic} skipped: {error}", throttle_duration_sec=QUIET_S
+            )
+            return None
+        self.scheduler.measured(camera, (image.shape[0], image.shape[1]))
+        return Frame(camera, message.header, image, start, time.perf_counter())
+
+    def _serve(self, frames: list[Frame]) -> bool:
+        """Segments frames of one size and publishes their masks; False when the node has been shut down meanwhile."""
+        threshold = self.segmenter.entropy_threshold
+        for frame, done in zip(frames, self._segment(frames), strict=True):
+            error = done.error
+            if done.result is not None:
+                try:
+                    self._publish(frame, done.result, done.refined, threshold)
+                except Exception as failure:
+                    error = failure
+            if error is not None:
+                if not self._ok():
+                    return False
+                frame.camera.counters.add(failed=1)
+                what = str(error) if isinstance(error, FrameError) else f"{type(error).__name__}: {error}"
+                self._logger.error(
+                    f"frame of {frame.camera.image_topic} skipped, segmenting it failed: {what}",
+                    throttle_duration_sec=QUIET_S,
+                )
+        return True
+
+    def _segment(self, frames: list[Frame]) -> list[Done]:
+        if len(frames) == 1:
+            return [self._segment_one(frames[0])]
+        try:
+            return [Done(result) for result in self.segmenter.segment([frame.image for frame in frames])]
+        except Exception as error:
+            self._logger.warning(
+                f"a batch of {len(frames)} frames failed, each is tried alone: {type(error).__name__}: {error}",
+                throttle_duration_sec=QUIET_S,
+            )
+        # Outside the handler: while it runs, the traceback keeps the failed attempt's tensors alive.
+        return [self._segment_one(frame) for frame in frames]
+
+    def _segment_one(self, frame: Frame) -> Done:
+        """One frame; where memory runs out, its dense mask rather than none."""
+        try:
+            return Done(self.segmenter.segment([frame.image])[0])
+        except Exception as error:
+            if not is_out_of_memory(error):
+                return Done(None, error=error)
+            height, width = frame.image.shape[:2]
+            self._logger.warning(
+                f"out of memory at {width} x {height}, frame segmented without refinement; raise entropy_threshold, "
+                "or free memory",
+                throttle_duration_sec=QUIET_S,
+            )
+        try:
+            return Done(self.segmenter.segment([frame.image], refine=False)[0], refined=False)
+        except Exception as error:
+            return Done(None, error=error)
+
+    def _publish(self, frame: Frame, result: Segmentation, refined: bool, threshold: float) -> None:
+        camera, outputs, header = frame.camera, frame.camera.outputs, frame.header
+        start = time.perf_counter()
+        outputs.publish(header, frame.image, result, self.opacity)
+        if outputs.wanted("superpixels"):
+            outputs.publish_superpixels(header, frame.image, self.segmenter.superpixels(frame.image))
+        published = time.perf_counter()
+        stages = {
+            "decode": (frame.decoded - frame.start) * 1e3,
+            **result.stage_ms,
+            "publish": (published - start) * 1e3,
+            "total": (published - frame.start) * 1e3,
+        }
+        report = FrameReport(result.density, threshold, stages)
+        camera.processed(header.stamp.sec * 10**9 + header.stamp.nanosec, report, refined)
+        self.stages.add(stages)
+        outputs.publish_timing(header, report, self.segmenter.bundle.name)
