@@ -115,6 +115,9 @@ class SegmentNode(LifecycleNode):
         self._failure = None
         try:
             step()
+        except ExternalShutdownException:
+            # Past rclpy, which would complain that it cannot publish the transition any more.
+            raise SystemExit(0) from None
         except Exception as error:  # rclpy would swallow it
             self._failure = error
             undo()
