@@ -28,7 +28,7 @@ from sparserefine_ros.datasets.classes import CAMVID  # noqa: E402
 from sparserefine_ros.errors import BundleError, FrameError, ParameterError  # noqa: E402
 from sparserefine_ros.node import rig  # noqa: E402
 from sparserefine_ros.node.conversion import fill_image  # noqa: E402
-from sparserefine_ros.node.device_health import device_health  # noqa: E402
+from sparserefine_ros.node.device_health import device_health, free_memory  # noqa: E402
 from sparserefine_ros.node.percentiles import StageWindow  # noqa: E402
 from sparserefine_ros.node.process import free_domain_id  # noqa: E402
 from sparserefine_ros.node.segment_node import SegmentNode  # noqa: E402
@@ -488,3 +488,16 @@ def test_health_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", fails)
     assert device_health("cuda:0", tmp_path, tmp_path) == {}
+
+
+def test_a_gpus_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    emptied: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    free_memory()
+    assert emptied == [], "must not start CUDA"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    free_memory()
+    assert emptied == [1]

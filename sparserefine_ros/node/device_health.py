@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,14 @@ def device_health(
     if known:
         values["temperature_c"] = f"{max(known):.1f}"
     return values
+
+
+def free_memory() -> None:
+    """Gives back what is no longer referred to; torch would keep a GPU's memory for itself."""
+    gc.collect()  # a model's own cycles would keep it
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _resident_bytes(status: Path) -> int | None:

@@ -11,7 +11,6 @@ up to active (`SegmentNode.start`).
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ from std_srvs.srv import SetBool
 from sparserefine_ros.errors import ParameterError, SparseRefineError
 from sparserefine_ros.node.camera import Camera
 from sparserefine_ros.node.declare import current, declare, on_change
-from sparserefine_ros.node.device_health import device_health
+from sparserefine_ros.node.device_health import device_health, free_memory
 from sparserefine_ros.node.logs import RosHandler
 from sparserefine_ros.node.model import LOADING, Announce, number_or_none, start_segmenter
 from sparserefine_ros.node.parameters import BY_NAME, Value
@@ -166,7 +165,7 @@ class SegmentNode(LifecycleNode):
             self._rig.destroy()
         self._rig = self._segmenter = self._values = None
         self._state = "unconfigured"
-        gc.collect()  # the model's own cycles would keep its memory
+        free_memory()
 
     def destroy_node(self) -> None:
         """Stops the worker, which finishes the batch it is at, before the publishers go."""
