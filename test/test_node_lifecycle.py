@@ -20,6 +20,7 @@ from diagnostic_msgs.msg import DiagnosticArray  # noqa: E402
 from lifecycle_msgs.msg import Transition  # noqa: E402
 from lifecycle_msgs.srv import ChangeState, GetState  # noqa: E402
 from rcl_interfaces.msg import ParameterType, ParameterValue  # noqa: E402
+from rclpy.time import Time  # noqa: E402
 from ros_client import RELIABLE, Client, isolated, text  # noqa: E402
 from sensor_msgs.msg import Image  # noqa: E402
 from std_msgs.msg import Header  # noqa: E402
@@ -53,7 +54,8 @@ def by_hand(domain: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
     log = tmp_path_factory.mktemp("node") / "log.txt"
     with NodeProcess(parameters, {}, {"ROS_DOMAIN_ID": str(domain)}, log) as process:
         client.alive = process.check
-        client.listen(DiagnosticArray, "/diagnostics")
+        diagnostics = client.listen(DiagnosticArray, "/diagnostics")
+        client.until(lambda: diagnostics, "diagnostics")
         yield process, client
         process.check()
     client.close()
@@ -86,8 +88,8 @@ def frame(client: Client, camera: str, image: np.ndarray) -> Image:
 
 def statuses(client: Client) -> dict[str, dict[str, str]]:
     """The newest diagnostics, from now on: values by status, the message among them."""
-    client.got["/diagnostics"].clear()
-    client.until(lambda: len(client.got["/diagnostics"]) > 1, "diagnostics")  # the first may be on its way already
+    now = client.node.get_clock().now()
+    client.until(lambda: Time.from_msg(client.got["/diagnostics"][-1].header.stamp) > now, "diagnostics")
     return {
         status.name.removeprefix("segment: "): {row.key: row.value for row in status.values}
         | {"message": status.message}
