@@ -39,6 +39,11 @@ from sparserefine_ros.sparse.backends import pick_backend
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STAGES = ("preprocess", "dense", "select", "refine", "merge")
+ENTROPY_SAMPLE = 1 << 15
+
+Choose = Callable[[np.ndarray, int], float | None]
+"""Gives the entropy threshold for a batch, or None to leave it dense: called after the dense stage with a regular
+sample of the batch's entropies, in nats, and its number of pixels; see `LatencyBudget`."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Segmentation:
     low_entropy: np.ndarray  # [h, w] float32, nats: entropy of the initial prediction
     density: float  # refined pixels over all pixels
     stage_ms: dict[str, float]  # milliseconds by stage, for the whole batch the frame was part of
+    threshold: float | None = None  # nats: pixels above it were refined; None where the refiner did not run
 
     @property
     def entropy(self) -> np.ndarray:
@@ -165,10 +171,13 @@ class Segmenter:
             )
         self._threshold = float(value)
 
-    def segment(self, images: Sequence[np.ndarray], refine: bool | None = None) -> list[Segmentation]:
+    def segment(
+        self, images: Sequence[np.ndarray], refine: bool | None = None, choose: Choose | None = None
+    ) -> list[Segmentation]:
         """Segments ``images``, each [H, W, 3] uint8 RGB; frames of one size share a batch.
 
-        ``refine=False`` leaves the refiner out for this call. Raises FrameError for an array that is no such image and
+        ``refine=False`` leaves the refiner out for this call; ``choose`` takes the place of ``entropy_threshold``, once
+        for each batch. Raises FrameError for an array that is no such image and
         for logits that are not finite (broken weights, or overflow in half precision).
         """
         for image in images:
@@ -178,7 +187,8 @@ class Segmenter:
             groups[image.shape[0], image.shape[1]].append(index)
         results: dict[int, Segmentation] = {}
         for indices in groups.values():
-            batch = self._segment_batch([images[i] for i in indices], self.refines if refine is None else refine)
+            refined = self.refines if refine is None else refine
+            batch = self._segment_batch([images[i] for i in indices], refined and self.refiner is not None, choose)
             results.update(zip(indices, batch, strict=True))
         return [results[i] for i in range(len(images))]
 
@@ -208,7 +218,9 @@ class Segmenter:
         return self.dense.network if isinstance(self.dense, Tempered) else self.dense
 
     @torch.inference_mode()
-    def _segment_batch(self, images: Sequence[np.ndarray], refine: bool) -> list[Segmentation]:
+    def _segment_batch(
+        self, images: Sequence[np.ndarray], refine: bool, choose: Choose | None = None
+    ) -> list[Segmentation]:
         clock = _StageClock(self.device)
         size = (images[0].shape[0], images[0].shape[1])
         with clock("preprocess"):
@@ -224,15 +236,26 @@ class Segmenter:
                     f"check its weights, or try precision fp32 (now {self.precision})"
                 )
             mask, confidence = upsample_nearest(initial.mask, size), upsample_nearest(initial.confidence, size)
-            selected = upsample_nearest(initial.entropy > self._threshold, size)  # bool [B, H, W]
+            threshold = self._pick(initial.entropy, len(images) * size[0] * size[1], choose) if refine else None
         densities = [0.0] * len(images)
-        if refine and self.refiner is not None:
-            densities = selected.flatten(1).float().mean(1).tolist()
+        if threshold is not None:
+            with clock("select"):
+                selected = upsample_nearest(initial.entropy > threshold, size)  # bool [B, H, W]
+                densities = selected.flatten(1).float().mean(1).tolist()
             self._refine(images, low, logits, initial, selected, mask, confidence, clock)
         return [
-            Segmentation(_array(mask[b]), _array(confidence[b]), _array(initial.entropy[b]), densities[b], clock.ms)
+            Segmentation(
+                _array(mask[b]), _array(confidence[b]), _array(initial.entropy[b]), densities[b], clock.ms, threshold
+            )
             for b in range(len(images))
         ]
+
+    def _pick(self, entropy: Tensor, pixels: int, choose: Choose | None) -> float | None:
+        """The threshold for a batch with ``entropy`` [B, h, w] and that many native pixels."""
+        if choose is None:
+            return self._threshold
+        step = math.ceil(math.sqrt(max(1.0, entropy.numel() / ENTROPY_SAMPLE)))
+        return choose(_array(entropy[:, ::step, ::step]), pixels)
 
     def _refine(
         self,
