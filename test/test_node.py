@@ -25,6 +25,7 @@ from sparserefine_ros.node import labels  # noqa: E402
 from sparserefine_ros.node.conversion import fill_image  # noqa: E402
 from sparserefine_ros.node.outputs import Outputs  # noqa: E402
 from sparserefine_ros.node.process import free_domain_id  # noqa: E402
+from sparserefine_ros.node.qos import QosWatch  # noqa: E402
 from sparserefine_ros.node.segment_node import SegmentNode  # noqa: E402
 from sparserefine_ros.node.status import Counters, FrameReport, diagnostics, judge  # noqa: E402
 from sparserefine_ros.segmenter.segmenter import Segmentation  # noqa: E402
@@ -195,7 +196,7 @@ class Recorder:
 
 @pytest.mark.parametrize("watched", [[], ["color"], ["overlay"], ["entropy"], ["overlay", "entropy"]])
 def test_pictures_are_made_only_while_somebody_looks(bench: Bench, watched: list[str]) -> None:
-    outputs = Outputs(bench.node, CAMVID, superpixels=False)
+    outputs = Outputs(QosWatch(bench.node), CAMVID, superpixels=False)
     outputs._images = {name: Recorder(name in watched) for name in outputs._images}
     outputs._timing = Recorder(0)
     image = np.zeros((4, 6, 3), np.uint8)

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rclpy.node import Node
 from rclpy.qos import QoSProfile
 from sensor_msgs.msg import CompressedImage, Image
 
 from sparserefine_ros.datasets.classes import ClassList
 from sparserefine_ros.node.outputs import Outputs
+from sparserefine_ros.node.qos import QosWatch
+from sparserefine_ros.node.receipt import DISBELIEF
 from sparserefine_ros.node.sources import Source
 from sparserefine_ros.node.status import Counters, FrameReport, judge
 from sparserefine_ros.node.transport import Arrivals
@@ -37,15 +38,17 @@ class CameraStatus:
 class Camera:
     """Publishers from the start; a subscription between `subscribe` and `unsubscribe`. Hashed by identity."""
 
-    def __init__(self, node: Node, source: Source, transport: str, classes: ClassList, superpixels: bool) -> None:
+    def __init__(self, qos: QosWatch, source: Source, transport: str, classes: ClassList, superpixels: bool) -> None:
+        node = qos.node
         self.name = source.name
         self.message_type, _, suffix = TRANSPORTS[transport]
         self.image_topic: str = node.resolve_topic_name(source.image + suffix)
-        self.outputs = Outputs(node, classes, superpixels, source.results)
+        self.outputs = Outputs(qos, classes, superpixels, source.results)
         self.counters, self.arrivals = Counters(), Arrivals()
         self.report: FrameReport | None = None
         self.seen = time.monotonic()  # when its topic last had a publisher
-        self._node, self._topic = node, source.image + suffix
+        self.stamps_believed = True  # whether latencies count from the stamps
+        self._qos, self._node, self._topic = qos, node, source.image + suffix
         self._counted = self.counters.values()
         self._started = time.monotonic()
         self._newest_ns: int | None = None
@@ -54,13 +57,14 @@ class Camera:
     def subscribe(self, qos: QoSProfile, receive: Callable[[Camera, bytes], None]) -> None:
         """`receive` gets every image as it comes, serialized."""
         self._started = self.seen = time.monotonic()
-        self._subscription = self._node.create_subscription(
-            self.message_type, self._topic, lambda frame: receive(self, frame), qos, raw=True
+        self._subscription = self._qos.subscription(
+            self.message_type, self._topic, lambda frame: receive(self, frame), qos
         )
 
     def unsubscribe(self) -> None:
         """Ends the subscription, where there is one."""
         if self._subscription is not None:
+            self._qos.forget(self._subscription)
             self._node.destroy_subscription(self._subscription)
             self._subscription = None
 
@@ -98,6 +102,7 @@ class Camera:
         self._counted = counts
         values: dict[str, object] = {"image_topic": self.image_topic, "publishers": publishers}
         values |= counts | {"waiting": waiting, "estimated_loss": f"{self.arrivals.loss():.2f}"}
+        values["latency_counts_from"] = "stamp" if self.stamps_believed else f"receipt: {DISBELIEF}"
         if self.report is not None:
             values |= self.report.key_values()
         return CameraStatus(level, message, complaint, values)

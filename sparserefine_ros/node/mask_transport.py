@@ -17,8 +17,8 @@ from sparserefine_ros.segmenter.segmenter import Segmentation
 PNG_FORMAT = "mono8; png compressed "
 """As compressed_image_transport writes it, trailing blank included, so that its subscribers decode mono8."""
 
-# Class ids repeat along and across rows: the filter "up" leaves zeros, run lengths take care of those. Measured on masks
-# of 2048x1024: 4 ms and 21 kB, with OpenCV's defaults 24 ms and 38 kB. OpenCV before 4.12 chooses filters by itself.
+# Class ids repeat along and across rows: the filter "up" leaves zeros, run lengths take care of those. Measured on a
+# mask of 2048x1024: 4 ms and 21 kB, with OpenCV's defaults 24 ms and 38 kB. OpenCV before 4.12 chooses the filters.
 _PNG_FLAGS = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
 if hasattr(cv2, "IMWRITE_PNG_FILTER"):
     _PNG_FLAGS += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
@@ -34,8 +34,8 @@ def fill_png(message: Any, header: Any, mask: np.ndarray) -> Any:
     return message
 
 
-def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """(h, w) of what is published for a frame of ``size`` (H, W): rounded, at least 1."""
+def scaled_size(size: tuple[int, ...], scale: float) -> tuple[int, int]:
+    """(h, w) of what is published for a frame of ``size`` (H, W, ...): rounded, at least 1."""
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
@@ -54,5 +54,5 @@ def at_scale(result: Segmentation, scale: float) -> Segmentation:
     """``result`` with mask and confidence at ``scale``; its entropy follows the mask's size."""
     if scale == 1:
         return result
-    size = scaled_size((result.mask.shape[0], result.mask.shape[1]), scale)
+    size = scaled_size(result.mask.shape, scale)
     return replace(result, mask=shrink(result.mask, size), confidence=shrink(result.confidence, size))

@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
-from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
-from sensor_msgs.msg import Image
+from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import String
 
 from sparserefine_ros.datasets.classes import ClassList
 from sparserefine_ros.networks.boundaries import draw_boundaries
 from sparserefine_ros.node import labels
 from sparserefine_ros.node.conversion import colourise, fill_image, overlay
+from sparserefine_ros.node.mask_transport import fill_png, shrink
+from sparserefine_ros.node.qos import QosWatch
 from sparserefine_ros.node.sources import RESULTS
 from sparserefine_ros.node.status import FrameReport, diagnostics
 
@@ -28,12 +29,14 @@ LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability
 class Outputs:
     """The publishers of one camera, below the namespace `results`."""
 
-    def __init__(self, node: Node, classes: ClassList, superpixels: bool, results: str = RESULTS) -> None:
-        self._node, self._classes, self._lut = node, classes, classes.lut()
+    def __init__(self, qos: QosWatch, classes: ClassList, superpixels: bool, results: str = RESULTS) -> None:
+        node = qos.node
+        self._qos, self._classes, self._lut = qos, classes, classes.lut()
         images = ["mask", "confidence", "entropy", "color", "overlay", *(["superpixels"] if superpixels else [])]
-        self._images = {name: node.create_publisher(Image, f"{results}/{name}", RELIABLE) for name in images}
-        self._timing = node.create_publisher(DiagnosticArray, f"{results}/timing", RELIABLE)
-        self._json = node.create_publisher(String, f"{results}/label_info_json", LATCHED)
+        self._images = {name: qos.publisher(Image, f"{results}/{name}", RELIABLE) for name in images}
+        self._png = qos.publisher(CompressedImage, f"{results}/mask/compressed", RELIABLE)
+        self._timing = qos.publisher(DiagnosticArray, f"{results}/timing", RELIABLE)
+        self._json = qos.publisher(String, f"{results}/label_info_json", LATCHED)
         self._label_info: Any = None
         if labels.LabelInfo is None:
             node.get_logger().info(
@@ -42,17 +45,19 @@ class Outputs:
                 once=True,
             )
         else:
-            self._label_info = node.create_publisher(labels.LabelInfo, f"{results}/label_info", LATCHED)
+            self._label_info = qos.publisher(labels.LabelInfo, f"{results}/label_info", LATCHED)
 
     @property
     def publishers(self) -> list[Any]:
         """All of them."""
-        return [*self._images.values(), self._timing, self._json, *([self._label_info] if self._label_info else [])]
+        info = [self._label_info] if self._label_info else []
+        return [*self._images.values(), self._png, self._timing, self._json, *info]
 
     def destroy(self) -> None:
         """Takes the topics away."""
         for publisher in self.publishers:
-            self._node.destroy_publisher(publisher)
+            self._qos.forget(publisher)
+            self._qos.node.destroy_publisher(publisher)
 
     def publish_labels(self, stamp: Any) -> None:
         """Class names and colours, latched. Repeated now and then: a bag split loses latched messages."""
@@ -61,8 +66,13 @@ class Outputs:
             self._label_info.publish(labels.label_info(self._classes, stamp))
 
     def publish(self, header: Any, image: np.ndarray, result: Segmentation, opacity: float) -> None:
-        """Mask and confidence always; the others only while somebody subscribes. All carry `header` untouched."""
+        """Mask and confidence always; the others only while somebody subscribes. All carry `header` untouched.
+
+        All are of the mask's size, which may be smaller than the image's.
+        """
         self._send("mask", header, result.mask, "mono8")
+        if self._png.get_subscription_count():
+            self._png.publish(fill_png(CompressedImage(), header, result.mask))
         self._send("confidence", header, result.confidence, "mono8")
         if self.wanted("entropy"):
             self._send("entropy", header, result.entropy, "32FC1")
@@ -71,6 +81,7 @@ class Outputs:
             if self.wanted("color"):
                 self._send("color", header, colour, "rgb8")
             if self.wanted("overlay"):
+                image = shrink(image, (colour.shape[0], colour.shape[1]))
                 self._send("overlay", header, overlay(image, colour, opacity), "rgb8")
 
     def publish_superpixels(self, header: Any, image: np.ndarray, ids: np.ndarray) -> None:

@@ -137,6 +137,34 @@ PARAMETERS: tuple[Parameter, ...] = (
         live=True,
     ),
     Parameter(
+        "latency_budget_ms",
+        0.0,
+        "Milliseconds from a frame's stamp to its mask that 95 % of the frames keep to: where time is short the "
+        "entropy threshold rises, and where that is not enough the frame stays dense; 0 = no budget.",
+        minimum=0.0,
+        maximum=60000.0,
+        live=True,
+    ),
+    Parameter(
+        "budget_threshold_min",
+        AUTO,
+        "With a latency budget: the lowest entropy threshold, used while time permits; auto = entropy_threshold.",
+        words=(AUTO,),
+        minimum=0.0,
+        maximum=round(math.log(255), 4),
+        live=True,
+    ),
+    Parameter(
+        "budget_threshold_max",
+        AUTO,
+        "With a latency budget: the highest entropy threshold before frames stay dense; auto = halfway from the lowest "
+        "to log(number of classes).",
+        words=(AUTO,),
+        minimum=0.0,
+        maximum=round(math.log(255), 4),
+        live=True,
+    ),
+    Parameter(
         "scale",
         AUTO,
         "Size of the dense segmenter's input relative to the image; auto = the bundle's.",
@@ -248,6 +276,15 @@ PARAMETERS: tuple[Parameter, ...] = (
         "true = the node configures and activates itself; false = `ros2 lifecycle set` does, and a model that cannot "
         "be loaded does not end the node.",
         choices=("true", "false"),
+    ),
+    Parameter(
+        "output_scale",
+        1.0,
+        "Size of everything published relative to the image, by nearest neighbour, so that class ids stay class ids; a "
+        "subscriber that uses camera_info must scale it likewise.",
+        minimum=0.05,
+        maximum=1.0,
+        live=True,
     ),
     Parameter(
         "overlay_opacity",

@@ -37,7 +37,7 @@ class QosWatch:
     """Makes a node's publishers and subscriptions, and remembers whom their QoS left out."""
 
     def __init__(self, node: Node) -> None:
-        self._node = node
+        self.node = node
         self._mismatches: dict[Any, Mismatch] = {}
 
     def publisher(self, kind: type, topic: str, qos: QoSProfile) -> Any:
@@ -49,11 +49,11 @@ class QosWatch:
                 publisher,
                 f"incompatible QoS on {publisher.topic_name}: a subscriber asks for more {policy} than is offered and "
                 f"gets nothing; {_override(publisher.topic_name, 'publisher', policy, STRONGER, 'the subscriber')}",
-                lambda: self._node.count_subscribers(publisher.topic_name) > publisher.get_subscription_count(),
+                lambda: self.node.count_subscribers(publisher.topic_name) > publisher.get_subscription_count(),
             )
 
         publisher = self._made(
-            lambda: self._node.create_publisher(
+            lambda: self.node.create_publisher(
                 kind,
                 topic,
                 _copy(qos),
@@ -74,11 +74,11 @@ class QosWatch:
                 f"incompatible QoS on {subscription.topic_name}: a publisher offers less {policy} than is asked for, "
                 "and none of its messages arrives; "
                 f"{_override(subscription.topic_name, 'subscription', policy, WEAKER, 'the publisher')}",
-                lambda: self._node.count_publishers(subscription.topic_name) > subscription.get_publisher_count(),
+                lambda: self.node.count_publishers(subscription.topic_name) > subscription.get_publisher_count(),
             )
 
         subscription = self._made(
-            lambda: self._node.create_subscription(
+            lambda: self.node.create_subscription(
                 kind,
                 topic,
                 callback,
@@ -101,14 +101,14 @@ class QosWatch:
 
     def _note(self, endpoint: Any, text: str, unconnected: Callable[[], bool]) -> None:
         self._mismatches[endpoint] = Mismatch(text, unconnected)
-        self._node.get_logger().warning(text)
+        self.node.get_logger().warning(text)
 
     def _made(self, make: Callable[[], Any], topic: str) -> Any:
         try:
             return make()
         except (ParameterException, InvalidQosOverridesError, RuntimeError, TypeError, ValueError) as error:
-            name = f"qos_overrides.{self._node.resolve_topic_name(topic)}."
-            given = self._node.get_parameters_by_prefix(name.rstrip("."))
+            name = f"qos_overrides.{self.node.resolve_topic_name(topic)}."
+            given = self.node.get_parameters_by_prefix(name.rstrip("."))
             if not given:
                 raise
             raise ParameterError(

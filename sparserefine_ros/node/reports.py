@@ -51,6 +51,8 @@ class Reporter:
             values |= its.values if camera not in named else {}
         values |= {**own.values, "degraded": "; ".join(degraded)}
         level, message = ("warn", own.trouble) if own.trouble else _worst(cameras)
+        if level == "ok" and own.degraded:
+            level, message = "warn", "; ".join(own.degraded)
 
         array = DiagnosticArray()
         array.header.stamp = self._node.get_clock().now().to_msg()

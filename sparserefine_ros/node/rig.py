@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-from rclpy.node import Node
 from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 
 from sparserefine_ros.datasets.classes import ClassList
 from sparserefine_ros.errors import ParameterError
 from sparserefine_ros.node.camera import TRANSPORTS, Camera
 from sparserefine_ros.node.parameters import Value
+from sparserefine_ros.node.qos import QosWatch
 from sparserefine_ros.node.scheduler import Scheduler
 from sparserefine_ros.node.sources import Search, Source, fixed_sources
 
@@ -27,8 +27,9 @@ class Rig:
     Raises ParameterError where two cameras' results would be on the same topics.
     """
 
-    def __init__(self, node: Node, values: Mapping[str, Value], classes: ClassList, superpixels: bool) -> None:
-        self._node, self._classes, self._superpixels = node, classes, superpixels
+    def __init__(self, watch: QosWatch, values: Mapping[str, Value], classes: ClassList, superpixels: bool) -> None:
+        node = watch.node
+        self._watch, self._node, self._classes, self._superpixels = watch, node, classes, superpixels
         self._transport = str(values["image_transport"])
         self._qos = QoSProfile(
             history=HistoryPolicy.KEEP_LAST,
@@ -113,7 +114,7 @@ class Rig:
                 f"the masks of {source.image} would go to {mask}, as those of {rival.image_topic} do; give the cameras "
                 "names in the parameter cameras, and remap NAME/image to their topics"
             )
-        camera = Camera(self._node, source, self._transport, self._classes, self._superpixels)
+        camera = Camera(self._watch, source, self._transport, self._classes, self._superpixels)
         camera.outputs.publish_labels(self._node.get_clock().now().to_msg())
         self.cameras.append(camera)
         return camera

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from sparserefine_ros.node.frame_queue import FrameQueue
+from sparserefine_ros.node.receipt import Receipt
 
 Camera = TypeVar("Camera", bound=Hashable)
 Size = tuple[int, int]  # (H, W)
@@ -82,7 +83,7 @@ class Scheduler(Generic[Camera]):
             self._changed.notify_all()
             return line.queue.clear() if line else 0
 
-    def put(self, camera: Camera, frame: bytes) -> int:
+    def put(self, camera: Camera, frame: Receipt) -> int:
         """A frame has come; the number of frames dropped for it (this one, where the camera is not known)."""
         with self._changed:
             line = self._lines.get(camera)
@@ -100,7 +101,7 @@ class Scheduler(Generic[Camera]):
             if line := self._lines.get(camera):
                 line.size = size
 
-    def take(self) -> list[tuple[Camera, bytes]]:
+    def take(self) -> list[tuple[Camera, Receipt]]:
         """The next batch, at most one frame of each camera; waits for one. Empty once closed."""
         with self._changed:
             while not self._closed:
@@ -119,7 +120,7 @@ class Scheduler(Generic[Camera]):
             return 0.0  # whoever could join is here
         return batch[0].since + self._window_s - self._clock()
 
-    def _served(self, batch: Sequence[Line]) -> list[tuple[Camera, bytes]]:
+    def _served(self, batch: Sequence[Line]) -> list[tuple[Camera, Receipt]]:
         names = {id(line): camera for camera, line in self._lines.items()}
         self._level = batch[0].served
         taken = []

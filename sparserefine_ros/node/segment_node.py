@@ -24,12 +24,15 @@ from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackRet
 from std_srvs.srv import SetBool
 
 from sparserefine_ros.errors import ParameterError, SparseRefineError
+from sparserefine_ros.node.budget import BUDGET_PARAMETERS, budget_values, make_budget
 from sparserefine_ros.node.camera import Camera
 from sparserefine_ros.node.declare import current, declare, on_change
 from sparserefine_ros.node.device_health import device_health, free_memory
 from sparserefine_ros.node.logs import RosHandler
 from sparserefine_ros.node.model import LOADING, Announce, number_or_none, start_segmenter
 from sparserefine_ros.node.parameters import BY_NAME, Value
+from sparserefine_ros.node.qos import QosWatch
+from sparserefine_ros.node.receipt import received
 from sparserefine_ros.node.reports import NodeState, Reporter
 from sparserefine_ros.node.rig import Rig
 from sparserefine_ros.node.scheduler import Scheduler
@@ -37,6 +40,7 @@ from sparserefine_ros.node.transport import loses_images, remedy, stamp_of
 from sparserefine_ros.node.worker import Worker
 
 if TYPE_CHECKING:
+    from sparserefine_ros.segmenter.latency_budget import LatencyBudget
     from sparserefine_ros.segmenter.segmenter import Segmenter
 
 LABELS_EVERY = 10  # diagnostics between two repetitions of the class list
@@ -65,6 +69,7 @@ class SegmentNode(LifecycleNode):
         self._state = "unconfigured"
         self.loader: threading.Thread | None = None
         self._rig: Rig | None = None
+        self._qos = QosWatch(self)
         self._lossy = loses_images(get_rmw_implementation_identifier())
         on_change(self, self._change)
         self._reporter = Reporter(self)
@@ -131,7 +136,7 @@ class SegmentNode(LifecycleNode):
         self._state = LOADING
         self._segmenter = segmenter = self._loaded(values)
         self._change("entropy_threshold", self.get_parameter("entropy_threshold").value)  # changed meanwhile
-        self._rig = Rig(self, values, segmenter.classes, segmenter.has_superpixels)
+        self._rig = Rig(self._qos, values, segmenter.classes, segmenter.has_superpixels)
         self._state = "inactive"
         self.get_logger().info(
             f"configured: {self._description(segmenter)}, entropy threshold {segmenter.entropy_threshold:.4g} nats"
@@ -145,8 +150,9 @@ class SegmentNode(LifecycleNode):
         capacity = int(values["queue_size"]) if values["queue"] == "all" else 1
         window_s = float(values["batch_window_ms"]) / 1e3
         scheduler: Scheduler[Camera] = Scheduler(capacity, int(values["max_batch"]), window_s)
-        opacity = float(self.get_parameter("overlay_opacity").value)
-        self._worker = Worker(segmenter, scheduler, self.get_logger(), self.context.ok, opacity)
+        opacity, scale = (float(self.get_parameter(name).value) for name in ("overlay_opacity", "output_scale"))
+        budget = self._budget(segmenter)
+        self._worker = Worker(segmenter, scheduler, self.get_logger(), self.context.ok, opacity, scale, budget)
         rig.open(scheduler, self._receive)
         self._state = "active"
         self.get_logger().info(f"ready: images from {', '.join(rig.topics)}")
@@ -223,17 +229,37 @@ class SegmentNode(LifecycleNode):
                 "(ros2 lifecycle set)"
             )
         if name == "entropy_threshold" and self._segmenter is not None:
-            number = number_or_none(value)
+            number, before = number_or_none(value), self._segmenter.entropy_threshold
             self._segmenter.entropy_threshold = self._segmenter.bundle.entropy_threshold if number is None else number
+            try:
+                self._set_budget()
+            except ParameterError:
+                self._segmenter.entropy_threshold = before
+                raise
+        elif name in BUDGET_PARAMETERS:
+            self._set_budget(**{name: value})
         elif name == "overlay_opacity" and self._worker is not None:
             self._worker.opacity = float(value)
+        elif name == "output_scale" and self._worker is not None:
+            self._worker.scale = float(value)
+
+    def _set_budget(self, **changed: Value) -> None:
+        if self._worker is not None and self._segmenter is not None:
+            self._worker.budget = self._budget(self._segmenter, **changed)
+
+    def _budget(self, segmenter: Segmenter, **changed: Value) -> LatencyBudget | None:
+        values = {name: self.get_parameter(name).value for name in BUDGET_PARAMETERS} | changed
+        return make_budget(values, segmenter.entropy_threshold, len(segmenter.classes))
 
     # Frames ----------------------------------------------------------------------------------------------------------
 
     def _receive(self, camera: Camera, frame: bytes) -> None:
-        camera.arrivals.arrived(stamp_of(frame), time.monotonic())
+        stamp = stamp_of(frame)
+        camera.arrivals.arrived(stamp, time.monotonic())
+        receipt = received(frame, stamp, self.get_clock().now().nanoseconds, time.perf_counter())
+        camera.stamps_believed = receipt.believed
         worker = self._worker
-        dropped = worker.scheduler.put(camera, frame) if worker is not None and self._enabled else 1
+        dropped = worker.scheduler.put(camera, receipt) if worker is not None and self._enabled else 1
         camera.counters.add(received=1, dropped=dropped)
 
     def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
@@ -280,4 +306,8 @@ class SegmentNode(LifecycleNode):
         values |= device_health(segmenter.device if segmenter is not None else "")
         name = segmenter.bundle.name if segmenter is not None else ""
         degraded = [trouble] if trouble and self._state == "active" else []
+        degraded += self._qos.complaints()
+        if worker is not None:
+            values |= budget_values(worker.budget)
+            degraded += [worker.unaffordable] if worker.budget is not None and worker.unaffordable else []
         self._reporter.publish(NodeState(self._state, trouble, name, degraded, values), cameras)
