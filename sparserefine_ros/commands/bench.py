@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 HELP = "measure: `bench bundle` HR dense, LR dense and LR + SparseRefine, `bench sparse` engines, `bench decoders`, "
-"`bench pipeline` the paper's models"
+"`bench pipeline` the paper's models, `bench node` what the live node adds, `bench budget` the latency budget"
 CARD_MARK = "<!-- table: {} -->"
 
 
@@ -71,6 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pipeline.add_argument("--sparse-backend", default="auto", help="of the refiner (default: auto)")
     pipeline.add_argument("--json", type=Path, help="also save the figures here")
     pipeline.set_defaults(measure=run_pipeline)
+    node = kinds.add_parser("node", help="what the live node adds to a trivial model, and its memory over time")
+    node.add_argument("--size", default="1024x2048", metavar="HxW", help="frames, rgb8 (default: 1024x2048)")
+    node.add_argument("--rate", type=float, default=30.0, metavar="HZ", help="of the camera (default: 30)")
+    node.add_argument("--duration", type=float, default=20.0, metavar="S", help="seconds (default: 20)")
+    node.add_argument("--json", type=Path, help="also save the figures here")
+    node.set_defaults(measure=run_node)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -194,6 +200,25 @@ def run_pipeline(args: argparse.Namespace) -> int:
     pick_backend(args.sparse_backend, device)
     setting = Setting((height, width), device, warmup, repeats, args.stride, args.sparse_backend)
     result = measure(names, setting, args.precisions or ["fp16" if cuda else "fp32"], batches)
+    print(markdown(result))
+    if args.json:
+        save_json(result, args.json)
+    return 0
+
+
+def run_node(args: argparse.Namespace) -> int:
+    from sparserefine_ros.benchmarks.node_overhead import markdown, measure
+    from sparserefine_ros.commands.make_bag import parse_size
+    from sparserefine_ros.errors import ParameterError
+    from sparserefine_ros.evaluation.compare import save_json
+
+    if not (args.rate > 0 and args.duration > 0):
+        raise ParameterError(f"--rate {args.rate:g} --duration {args.duration:g}: give numbers above 0")
+    try:
+        size = parse_size(args.size)
+    except argparse.ArgumentTypeError as error:
+        raise ParameterError(f"--size: {error}") from error
+    result = measure(size, args.rate, args.duration)
     print(markdown(result))
     if args.json:
         save_json(result, args.json)
