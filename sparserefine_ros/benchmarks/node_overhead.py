@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -107,20 +108,21 @@ def measure(size: tuple[int, int], rate_hz: float, duration_s: float) -> dict[st
                 node.check()
                 resources.look(now_s)
 
-            log = camera.run(frames, rate_hz, WARMUP_S + duration_s, tick)
+            count = round((WARMUP_S + duration_s) * rate_hz)
+            log = camera.run(islice(cycle(frames), count), rate_hz, tick)
     first = log.sent[0] + WARMUP_S * 1e9
     sent = [stamp for stamp in log.sent if stamp >= first]
     told = {stamp: log.timing[stamp] for stamp in sent if stamp in log.timing}
     masks = {stamp: log.masks[stamp] for stamp in sent if stamp in log.masks}
     span_s = (max(masks.values()) - min(masks.values())) / 1e9 if len(masks) > 1 else 0.0
     return {
-        "overhead_ms": _percentiles({s: t["latency"] - t["segment"] for s, t in told.items()}),
-        "stamp_to_publish_ms": _percentiles({s: t["latency"] for s, t in told.items()}),
+        "overhead_ms": _percentiles({s: t["latency_ms"] - t["segment_ms"] for s, t in told.items()}),
+        "stamp_to_publish_ms": _percentiles({s: t["latency_ms"] for s, t in told.items()}),
         "stamp_to_arrival_ms": _percentiles({s: (at - s) / 1e6 for s, at in masks.items()}),
-        "segmenter_ms": _percentiles({s: t["segment"] for s, t in told.items()}),
-        "decode_ms": _percentiles({s: t["decode"] for s, t in told.items()}),
-        "publish_ms": _percentiles({s: t["publish"] for s, t in told.items()}),
-        "before_decode_ms": _percentiles({s: t["latency"] - t["total"] for s, t in told.items()}),
+        "segmenter_ms": _percentiles({s: t["segment_ms"] for s, t in told.items()}),
+        "decode_ms": _percentiles({s: t["decode_ms"] for s, t in told.items()}),
+        "publish_ms": _percentiles({s: t["publish_ms"] for s, t in told.items()}),
+        "before_decode_ms": _percentiles({s: t["latency_ms"] - t["total_ms"] for s, t in told.items()}),
         "rate_hz": (len(masks) - 1) / span_s if span_s else 0.0,
         "frames": {"sent": len(sent), "masks": len(masks), "lost": len(sent) - len(masks)},
         "camera": {

@@ -77,6 +77,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     node.add_argument("--duration", type=float, default=20.0, metavar="S", help="seconds (default: 20)")
     node.add_argument("--json", type=Path, help="also save the figures here")
     node.set_defaults(measure=run_node)
+    budget = kinds.add_parser("budget", help="the latency budget: live on a bag whose clutter changes, or simulated")
+    budget.add_argument("--simulate", action="store_true", help="only compare controllers on simulated frames")
+    budget.add_argument(
+        "--bag", type=Path, metavar="DIR", help="with ground truth; made if missing (default: one of its own, removed)"
+    )
+    budget.add_argument("--model", default="street", help="bundle (default: street)")
+    budget.add_argument("--size", default="512x1024", metavar="HxW", help="frames of the bag made (default: 512x1024)")
+    budget.add_argument("--rate", type=float, default=5.0, metavar="HZ", help="frames a second (default: 5)")
+    budget.add_argument("--budget", type=float, metavar="MS", help="(default: between calm and cluttered frames)")
+    budget.add_argument("--json", type=Path, help="also save the figures here")
+    budget.add_argument("--plot", type=Path, help="draw threshold, density and latency over time here")
+    budget.set_defaults(measure=run_budget)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -220,6 +232,31 @@ def run_node(args: argparse.Namespace) -> int:
         raise ParameterError(f"--size: {error}") from error
     result = measure(size, args.rate, args.duration)
     print(markdown(result))
+    if args.json:
+        save_json(result, args.json)
+    return 0
+
+
+def run_budget(args: argparse.Namespace) -> int:
+    from sparserefine_ros.benchmarks import budget_live, budget_simulation
+    from sparserefine_ros.commands.make_bag import parse_size
+    from sparserefine_ros.errors import ParameterError
+    from sparserefine_ros.evaluation.compare import save_json
+
+    if args.simulate:
+        result = budget_simulation.compare()
+        print(budget_simulation.markdown(result))
+    else:
+        try:
+            size = parse_size(args.size)
+        except argparse.ArgumentTypeError as error:
+            raise ParameterError(f"--size: {error}") from error
+        if not args.rate > 0 or (args.budget is not None and not args.budget > 0):
+            raise ParameterError(f"--rate {args.rate:g} --budget {args.budget}: give numbers above 0")
+        result = budget_live.measure(args.model, args.bag, size, args.rate, args.budget)
+        print(budget_live.markdown(result))
+        if args.plot:
+            budget_live.draw(result, args.plot)
     if args.json:
         save_json(result, args.json)
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -33,18 +33,25 @@ class LoadLog:
 
     sent: list[int] = field(default_factory=list)
     masks: dict[int, int] = field(default_factory=dict)  # when each came, ns of the same clock
-    timing: dict[int, dict[str, float]] = field(default_factory=dict)  # what the node says, ms by stage
+    timing: dict[int, dict[str, float]] = field(default_factory=dict)  # what the node says: density, dense_ms, ...
     late_s: float = 0.0  # how far the camera fell behind its rate at worst
 
 
 class Camera:
     """Publishes on `image`, listens to the mask and the timings of the node `segment`.
 
+    ``keep`` takes the stamp in ns of every mask and the mask, a serialized sensor_msgs/Image.
     ``environment`` must be set before the first participant of the process exists: it names the transport profile.
     """
 
-    def __init__(self, domain_id: int, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        domain_id: int,
+        environment: Mapping[str, str],
+        keep: Callable[[int, bytes], None] = lambda stamp, mask: None,
+    ) -> None:
         os.environ.update(environment)
+        self._keep = keep
         self.log = LoadLog()
         self._context = Context()
         # no handler of ours: Ctrl-C stays Python's KeyboardInterrupt
@@ -77,17 +84,17 @@ class Camera:
             self._executor.spin_once(timeout_sec=0.1)
         self._spin_until(time.monotonic() + SETTLE_S)
 
-    def run(self, frames: Sequence[bytes], rate_hz: float, duration_s: float, tick: Callable[[float], None]) -> LoadLog:
-        """Sends the serialized ``frames`` in turn, each stamped as it leaves; then waits a little for the last mask.
+    def run(self, frames: Iterable[bytes], rate_hz: float, tick: Callable[[float], None]) -> LoadLog:
+        """Sends the serialized ``frames``, each stamped as it leaves; then waits a little for the last mask.
 
         ``tick`` is called after each frame with the seconds since the start; what it raises ends the run.
         """
         start = time.monotonic()
-        for i in range(round(duration_s * rate_hz)):
+        for i, frame in enumerate(frames):
             due = start + i / rate_hz
             self._spin_until(due)
             self.log.late_s = max(self.log.late_s, time.monotonic() - due)
-            self._images.publish(self._stamped(frames[i % len(frames)]))
+            self._images.publish(self._stamped(frame))
             tick(time.monotonic() - start)
         self._spin_until(time.monotonic() + 1.0)
         return self.log
@@ -103,11 +110,10 @@ class Camera:
             self._executor.spin_once(timeout_sec=remaining)
 
     def _on_mask(self, message: bytes) -> None:
-        self.log.masks[stamp_ns(message)] = time.time_ns()
+        stamp = stamp_ns(message)
+        self.log.masks[stamp] = time.time_ns()
+        self._keep(stamp, message)
 
     def _on_timing(self, message: Any) -> None:
         stamp = message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
-        values = {row.key: row.value for row in message.status[0].values}
-        self.log.timing[stamp] = {
-            key.removesuffix("_ms"): float(value) for key, value in values.items() if key.endswith("_ms")
-        }
+        self.log.timing[stamp] = {row.key: float(row.value) for row in message.status[0].values}
