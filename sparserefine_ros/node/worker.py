@@ -16,11 +16,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rclpy.serialization import deserialize_message
 
 from sparserefine_ros.errors import FrameError
 from sparserefine_ros.node.budget import unaffordable
 from sparserefine_ros.node.camera import Camera
+from sparserefine_ros.node.cdr import read_message
 from sparserefine_ros.node.conversion import to_rgb
 from sparserefine_ros.node.mask_transport import at_scale, scaled_size, shrink
 from sparserefine_ros.node.model import is_out_of_memory
@@ -100,7 +100,7 @@ class Worker:
     def _decode(self, camera: Camera, receipt: Receipt) -> Frame | None:
         start = time.perf_counter()
         try:
-            message = deserialize_message(receipt.data, camera.message_type)
+            message = read_message(receipt.data, camera.message_type)
             image = to_rgb(message)
         except Exception as error:  # whatever a sender does may cost its frame, never the node
             camera.counters.add(malformed=1)
@@ -196,6 +196,8 @@ class Worker:
             outputs.publish_superpixels(header, shrink(frame.image, size), shrink(ids, size))
         published = time.perf_counter()
         stages = {
+            "transport": frame.receipt.age_s * 1e3,  # from stamp to receipt
+            "wait": (frame.start - frame.receipt.at) * 1e3,
             "decode": (frame.decoded - frame.start) * 1e3,
             **result.stage_ms,
             "segment": segment_ms,
