@@ -109,7 +109,7 @@ def _run(
     with MaskSpool() as spool:
         with (
             NodeProcess(asked, {}, {**environment, "ROS_DOMAIN_ID": str(domain_id)}) as node,
-            Camera(domain_id, environment, spool.put) as camera,
+            Camera(domain_id, environment, reliable=True, keep=spool.put) as camera,
         ):
             camera.ready(node.check)
             log = camera.run(frames, rate_hz, lambda now_s: node.check())

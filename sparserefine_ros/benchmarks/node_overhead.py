@@ -25,10 +25,12 @@ from sparserefine_ros.evaluation.replay_metrics import percentiles
 from sparserefine_ros.evaluation.report import hardware, versions
 from sparserefine_ros.networks.compact import CompactSegmenter
 from sparserefine_ros.node.process import NodeProcess, free_domain_id
+from sparserefine_ros.node.transport import PROFILE_VARIABLES
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
 
 NETWORK_ARGS: dict[str, Any] = {"widths": [8, 8, 8, 8], "depths": [1, 1, 1]}
 SCALE = 0.0625  # of the dense segmenter's input: a sixteenth of the width
+PROFILE = "fastdds_local.xml"  # both ends are on this machine; one that the user has set stands
 WARMUP_S = 1.0  # left out of the figures
 EVERY_S = 1.0  # between two looks at memory and handles
 
@@ -93,7 +95,7 @@ def measure(size: tuple[int, int], rate_hz: float, duration_s: float) -> dict[st
         ) from error
     rng = np.random.default_rng(0)
     frames = [image_message(rng.integers(0, 256, (*size, 3), np.uint8), "rgb8", 1, "camera") for _ in range(3)]
-    environment, domain_id = transport_environment(), free_domain_id()
+    environment, domain_id = transport_environment(PROFILE), free_domain_id()
     with tempfile.TemporaryDirectory() as folder:
         bundle = write_trivial_bundle(Path(folder) / "trivial", size)
         parameters = {"model": str(bundle), "device": "cpu", "threads": 1}
@@ -130,10 +132,15 @@ def measure(size: tuple[int, int], rate_hz: float, duration_s: float) -> dict[st
             "hz": rate_hz, "size": list(size), "encoding": "rgb8", "duration_s": duration_s,
             "latest_ms": log.late_s * 1e3,
         },
+        "transport_profile": _profile({**os.environ, **environment}),
         "memory": resources.report(),
         "hardware": hardware(),
         "versions": {**versions(), **ros_versions()},
     }  # fmt: skip
+
+
+def _profile(environment: Mapping[str, str]) -> str | None:
+    return next((Path(environment[name]).name for name in PROFILE_VARIABLES if environment.get(name)), None)
 
 
 def _percentiles(values: Mapping[int, float]) -> dict[str, float | None]:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from sparserefine_ros.errors import SparseRefineError
+from sparserefine_ros.node.memory import keep_large_buffers
 
 GRACE_S = 3.0
 """How long a model that is being loaded may hold up the end."""
@@ -49,12 +50,15 @@ def main(args: Sequence[str] | None = None) -> int:
     executor = node = None
     started = False
     try:
+        keep_large_buffers()
         rclpy.init(args=None if args is None else list(args))
         from sparserefine_ros.node.segment_node import SegmentNode
 
         node = SegmentNode()
         executor = SingleThreadedExecutor()
         executor.add_node(node)
+        # A frame's hand-over from the executor's thread to the worker's waits for this, by default up to 5 ms.
+        sys.setswitchinterval(0.0005)
         if node.autostart:
             node.start(executor.spin_once)
         started = True

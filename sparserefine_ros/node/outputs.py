@@ -66,10 +66,8 @@ class Outputs:
             self._label_info.publish(labels.label_info(self._classes, stamp))
 
     def publish(self, header: Any, image: np.ndarray, result: Segmentation, opacity: float) -> None:
-        """Mask and confidence always; the others only while somebody subscribes. All carry `header` untouched.
-
-        All are of the mask's size, which may be smaller than the image's.
-        """
+        """What somebody subscribes to. All carry `header` untouched and are of the mask's size, which may be smaller
+        than the image's."""
         self._send("mask", header, result.mask, "mono8")
         if self._png.get_subscription_count():
             self._png.publish(fill_png(CompressedImage(), header, result.mask))
@@ -98,4 +96,7 @@ class Outputs:
         return name in self._images and self._images[name].get_subscription_count() > 0
 
     def _send(self, name: str, header: Any, image: np.ndarray, encoding: str) -> None:
-        self._images[name].publish(fill_image(Image(), header, image, encoding))
+        """Publishes unless nobody could ever get it: to those who come late a latched topic gives the last message."""
+        latched = self._images[name].qos_profile.durability == DurabilityPolicy.TRANSIENT_LOCAL
+        if latched or self.wanted(name):
+            self._images[name].publish(fill_image(Image(), header, image, encoding))
