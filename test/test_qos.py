@@ -150,3 +150,18 @@ def test_overrides_are_read_from_a_parameter_file(wire: Wire, tmp_path: Path) ->
     (info,) = (i for i in node.get_subscriptions_info_by_topic("/image") if i.node_name == "from_file")
     assert info.qos_profile.reliability == ReliabilityPolicy.RELIABLE
     assert node.get_parameter("qos_overrides./image.subscription.depth").value == 3
+
+
+def test_the_example_is_a_parameter_file_that_works(wire: Wire) -> None:
+    file = Path(__file__).resolve().parents[1] / "config" / "qos_overrides.yaml"
+    node = Node("example", context=wire.context, cli_args=["--ros-args", "--params-file", str(file)])
+    wire.nodes.append(node)
+    watch = QosWatch(node)
+    watch.publisher(Image, "segmentation/mask", RELIABLE)
+    watch.publisher(Image, "segmentation/overlay", RELIABLE)
+    found = {
+        topic: next(i for i in node.get_publishers_info_by_topic(topic) if i.node_name == "example").qos_profile
+        for topic in ("/segmentation/mask", "/segmentation/overlay")
+    }
+    assert found["/segmentation/mask"].durability == DurabilityPolicy.TRANSIENT_LOCAL
+    assert found["/segmentation/overlay"].reliability == ReliabilityPolicy.BEST_EFFORT
