@@ -29,6 +29,8 @@ ROS_WHEELS = [  # one distribution, kilted, for machines where no ROS 2 environm
     "ros-rclpy[fastrtps]==9.1.2",
     "ros-sensor-msgs==5.5.1",
     "ros-std-msgs==5.5.1",
+    "ros-std-srvs==5.5.1",
+    "ros-lifecycle-msgs==2.3.0",
     "ros-diagnostic-msgs==5.5.1",
 ]
 TEST = [

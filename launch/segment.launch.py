@@ -30,6 +30,9 @@ def declared_arguments() -> list[DeclareLaunchArgument]:
     """Topic and file arguments, then one for each parameter of the table."""
     own = [
         DeclareLaunchArgument("image", default_value="image", description="Image topic to subscribe to."),
+        DeclareLaunchArgument(
+            "remappings", default_value="", description="Further topics, as FROM:=TO with spaces between them."
+        ),
         DeclareLaunchArgument("namespace", default_value="", description="Namespace of the node and its topics."),
         DeclareLaunchArgument("params_file", default_value="", description="YAML file with the node's parameters."),
         DeclareLaunchArgument(
@@ -77,8 +80,11 @@ def generate_launch_description() -> LaunchDescription:
         )
         if file and not Path(file).is_file():
             raise FileNotFoundError(f"params_file '{file}' does not exist; give a YAML file or leave it out")
-        # Numbers are read as YAML, so that `auto` stays a word; text stays text, even a model called 2024.
-        kinds = {p.name: None if p.numeric else str for p in PARAMETERS}
+        pairs = [tuple(pair.split(":=", 1)) for pair in LaunchConfiguration("remappings").perform(context).split()]
+        if bad := [pair[0] for pair in pairs if len(pair) != 2]:
+            raise ValueError(f"remappings has '{bad[0]}'; give FROM:=TO, with spaces between several")
+        # Numbers and lists are read as YAML, so that `auto` stays a word; text stays text, even a model called 2024.
+        kinds = {p.name: None if p.numeric or isinstance(p.default, list) else str for p in PARAMETERS}
         values = {name: ParameterValue(LaunchConfiguration(name), value_type=kind) for name, kind in kinds.items()}
         values["use_sim_time"] = ParameterValue(LaunchConfiguration("use_sim_time"), value_type=bool)
         chosen = {name: value for name, value in values.items() if name in given}
@@ -87,7 +93,7 @@ def generate_launch_description() -> LaunchDescription:
             name="segment",
             namespace=namespace,
             parameters=[*([ParameterFile(file)] if file else []), *([chosen] if chosen else [])],
-            remappings=[("image", image), ("image/compressed", f"{image}/compressed")],
+            remappings=[("image", image), ("image/compressed", f"{image}/compressed"), *pairs],
             ros_arguments=["--log-level", LaunchConfiguration("log_level")],
             output="screen",
             respawn=False,

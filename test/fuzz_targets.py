@@ -6,6 +6,7 @@ each, scripts/fuzz.py as many as there is time for.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import struct
 import tempfile
@@ -186,7 +187,7 @@ def load_bundle(drawn: Any) -> None:
     if what == "values":
         for where, remove, value in edits:
             container, key = (found := spots(data))[int(where * len(found))] if spots(data) else (data, "name")
-            container[key] = value
+            container[key] = copy.deepcopy(value)  # drawn values are shared: one could end up inside itself
             if remove:
                 del container[key]
     else:

@@ -21,7 +21,7 @@ from std_msgs.msg import Header
 from sparserefine_ros.node.process import free_domain_id
 from sparserefine_ros.node.transport import profile_env
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 40.0
 RELIABLE = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
 LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 

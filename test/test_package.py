@@ -39,6 +39,7 @@ ROSDEP: dict[str, str | None] = {
     "safetensors": None,
     "sensor_msgs": "sensor_msgs",
     "std_msgs": "std_msgs",
+    "std_srvs": "std_srvs",
     "torch": "python3-torch",
     "transformers": None,
     "triton": None,

@@ -53,6 +53,12 @@ def test_decoders_are_those_of_the_bundles():
         ("overlay_opacity", 1, 1.0),
         ("device", "cuda:1", "cuda:1"),
         ("model", "a folder/with spaces", "a folder/with spaces"),
+        ("cameras", None, []),
+        (
+            "cameras",
+            ["front", "/camera/*/image_raw", "rig/left", "*"],
+            ["front", "/camera/*/image_raw", "rig/left", "*"],
+        ),
     ],
 )
 def test_good_values_take_the_parameters_type(name, given_value, expected):
@@ -84,6 +90,10 @@ def test_good_values_take_the_parameters_type(name, given_value, expected):
         ("overlay_opacity", [0.5], ["[0.5]"]),
         ("overlay_opacity", None, ["None"]),
         ("precision", "fp8", ["'fp8'", "fp32, fp16, bf16"]),
+        ("cameras", ["front", "front"], ["['front', 'front']", "each once"]),
+        ("cameras", ["2nd"], ["['2nd']", "names (front)"]),
+        ("cameras", ["a//b"], ["['a//b']"]),
+        ("cameras", "front", ["'front'", "list of names"]),
     ],
 )
 def test_bad_values_are_named_with_the_remedy(name, value, words):
@@ -120,7 +130,7 @@ def test_parameter_file_is_the_table(capsys):
     text = (ROOT / "config" / "segment.yaml").read_text()
     assert capsys.readouterr().out == text, "run python -m sparserefine_ros.node.parameters --yaml"
     values = yaml.safe_load(text)["/**"]["ros__parameters"]
-    assert values == defaults()
+    assert {name: BY_NAME[name].check(value) for name, value in values.items()} == defaults()
 
 
 def test_markdown_has_a_row_for_each_parameter(capsys):
@@ -142,12 +152,12 @@ def test_descriptors_carry_the_table():
     from sparserefine_ros.node.declare import descriptor
 
     threshold = descriptor(BY_NAME["entropy_threshold"])
-    assert threshold.dynamic_typing and not threshold.read_only
+    assert threshold.dynamic_typing
     assert (threshold.floating_point_range[0].from_value, threshold.floating_point_range[0].to_value) == (0.0, 5.5413)
     depth = descriptor(BY_NAME["qos_depth"])
     assert (depth.integer_range[0].from_value, depth.integer_range[0].to_value) == (1, 1000)
-    assert depth.read_only
     queue = descriptor(BY_NAME["queue"])
+    assert descriptor(BY_NAME["cameras"]).dynamic_typing, "an empty list has no type in ROS"
     assert queue.additional_constraints == "newest, all" and not queue.dynamic_typing
 
 

@@ -15,7 +15,7 @@ from sparserefine_ros.networks.fused_unet import FusedUNet
 from sparserefine_ros.networks.registry import DENSE, REFINERS, build
 from sparserefine_ros.segmenter.bundle import Bundle, load_network
 from sparserefine_ros.segmenter.preprocess import MEAN, STD, low_resolution_size, resize
-from sparserefine_ros.segmenter.segmenter import Segmenter
+from sparserefine_ros.segmenter.segmenter import ENTROPY_SAMPLE, Choose, Segmenter
 from sparserefine_ros.segmenter.stage_clock import STAGES
 
 
@@ -75,6 +75,30 @@ def test_batches_and_mixed_sizes_give_what_single_frames_give(tiny_bundle: Path,
         assert (result.mask == alone.mask).mean() > 0.999
         assert result.density == pytest.approx(alone.density, abs=2e-3)
     assert segmenter.segment([]) == []
+
+
+def test_a_threshold_may_be_chosen_for_each_batch(tiny_bundle: Path, frame: np.ndarray) -> None:
+    segmenter = Segmenter(Bundle.load(tiny_bundle), device="cpu")
+    seen: list[tuple[np.ndarray, int]] = []
+
+    def choose(threshold: float | None) -> Choose:
+        return lambda entropy, pixels: (seen.append((entropy, pixels)), threshold)[1]
+
+    chosen = segmenter.segment([frame, frame, frame[:32]], choose=choose(0.7))
+    assert [(entropy.shape, pixels) for entropy, pixels in seen] == [((2, 32, 48), 2 * 64 * 96), ((1, 16, 48), 32 * 96)]
+    np.testing.assert_array_equal(seen[0][0][1], chosen[1].low_entropy)
+    dense = segmenter.segment([frame], choose=choose(None))[0]
+    segmenter.entropy_threshold = 0.7
+    expected = segmenter.segment([frame], choose=None)[0]
+    assert chosen[0].density == expected.density > 0
+    assert chosen[0].threshold == expected.threshold == 0.7
+    np.testing.assert_array_equal(dense.mask, segmenter.segment([frame], refine=False)[0].mask)
+    assert dense.density == 0 and dense.threshold is None
+    seen.clear()
+    segmenter.segment([frame], refine=False, choose=choose(0.1))
+    assert not seen, "there is nothing to choose where nothing is refined"
+    segmenter.segment([np.tile(frame, (8, 8, 1))], choose=choose(None))
+    assert seen[0][0].size <= ENTROPY_SAMPLE and seen[0][1] == 64 * 64 * 96
 
 
 def test_threshold_bounds_select_everything_or_nothing(tiny_bundle: Path, frame: np.ndarray) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 HELP = (
     "measure: `bench bundle` HR dense, LR dense and LR + its refiner, `bench sparse` engines, `bench decoders`, "
-    "`bench pipeline` the paper's models, `bench runtimes` what runs a dense segmenter"
+    "`bench pipeline` the paper's models, `bench runtimes` what runs a dense segmenter, `bench node` what the live "
+    "node adds, `bench budget` the latency budget"
 )
 CARD_MARK = "<!-- table: {} -->"
 
@@ -82,6 +83,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     runtimes.add_argument("--repeats", type=int, default=30, help="timed rounds (default: 30)")
     runtimes.add_argument("--json", type=Path, help="also save the figures here")
     runtimes.set_defaults(measure=run_runtimes)
+    node = kinds.add_parser("node", help="what the live node adds to a trivial model, and its memory over time")
+    node.add_argument("--size", default="1024x2048", metavar="HxW", help="frames, rgb8 (default: 1024x2048)")
+    node.add_argument("--rate", type=float, default=30.0, metavar="HZ", help="of the camera (default: 30)")
+    node.add_argument("--duration", type=float, default=20.0, metavar="S", help="seconds (default: 20)")
+    node.add_argument("--json", type=Path, help="also save the figures here")
+    node.set_defaults(measure=run_node)
+    budget = kinds.add_parser("budget", help="the latency budget: live on a bag whose clutter changes, or simulated")
+    budget.add_argument("--simulate", action="store_true", help="only compare controllers on simulated frames")
+    budget.add_argument(
+        "--bag", type=Path, metavar="DIR", help="with ground truth; made if missing (default: one of its own, removed)"
+    )
+    budget.add_argument("--model", default="street", help="bundle (default: street)")
+    budget.add_argument("--size", default="512x1024", metavar="HxW", help="frames of the bag made (default: 512x1024)")
+    budget.add_argument("--rate", type=float, default=5.0, metavar="HZ", help="frames a second (default: 5)")
+    budget.add_argument("--budget", type=float, metavar="MS", help="(default: between calm and cluttered frames)")
+    budget.add_argument("--json", type=Path, help="also save the figures here")
+    budget.add_argument("--plot", type=Path, help="draw threshold, density and latency over time here")
+    budget.set_defaults(measure=run_budget)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -228,6 +247,50 @@ def run_runtimes(args: argparse.Namespace) -> int:
             raise ParameterError(f"--runtimes has {name!r}; choose from {', '.join(RUNTIMES)}")
     result = measure(Bundle.load(args.model), names, args.device, args.precision, args.repeats)
     print(markdown(result))
+    if args.json:
+        save_json(result, args.json)
+    return 0
+
+
+def run_node(args: argparse.Namespace) -> int:
+    from sparserefine_ros.benchmarks.node_overhead import markdown, measure
+    from sparserefine_ros.commands.make_bag import parse_size
+    from sparserefine_ros.errors import ParameterError
+    from sparserefine_ros.evaluation.compare import save_json
+
+    if not (args.rate > 0 and args.duration > 0):
+        raise ParameterError(f"--rate {args.rate:g} --duration {args.duration:g}: give numbers above 0")
+    try:
+        size = parse_size(args.size)
+    except argparse.ArgumentTypeError as error:
+        raise ParameterError(f"--size: {error}") from error
+    result = measure(size, args.rate, args.duration)
+    print(markdown(result))
+    if args.json:
+        save_json(result, args.json)
+    return 0
+
+
+def run_budget(args: argparse.Namespace) -> int:
+    from sparserefine_ros.benchmarks import budget_live, budget_simulation
+    from sparserefine_ros.commands.make_bag import parse_size
+    from sparserefine_ros.errors import ParameterError
+    from sparserefine_ros.evaluation.compare import save_json
+
+    if args.simulate:
+        result = budget_simulation.compare()
+        print(budget_simulation.markdown(result))
+    else:
+        try:
+            size = parse_size(args.size)
+        except argparse.ArgumentTypeError as error:
+            raise ParameterError(f"--size: {error}") from error
+        if not args.rate > 0 or (args.budget is not None and not args.budget > 0):
+            raise ParameterError(f"--rate {args.rate:g} --budget {args.budget}: give numbers above 0")
+        result = budget_live.measure(args.model, args.bag, size, args.rate, args.budget)
+        print(budget_live.markdown(result))
+        if args.plot:
+            budget_live.draw(result, args.plot)
     if args.json:
         save_json(result, args.json)
     return 0

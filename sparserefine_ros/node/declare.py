@@ -19,7 +19,6 @@ def descriptor(parameter: Parameter) -> ParameterDescriptor:
         name=parameter.name,
         description=parameter.description,
         additional_constraints=parameter.values,
-        read_only=not parameter.live,
         dynamic_typing=parameter.several_types,
     )
     if parameter.minimum is not None and parameter.maximum is not None:
@@ -32,21 +31,24 @@ def descriptor(parameter: Parameter) -> ParameterDescriptor:
 
 
 def declare(node: Node) -> dict[str, Value]:
-    """Declares every parameter of the table once; the values, overrides included, checked.
+    """Declares every parameter of the table once; the values, overrides included, checked as `current` does.
 
     Raises ParameterError naming the parameter, the value and what is allowed.
     """
-    values: dict[str, Value] = {}
     for parameter in PARAMETERS:
         try:
-            declared = node.declare_parameter(parameter.name, parameter.default, descriptor(parameter))
+            node.declare_parameter(parameter.name, parameter.default, descriptor(parameter))
         except ParameterException as error:
             raise ParameterError(f"{error}; '{parameter.name}' must be: {parameter.values}") from error
-        values[parameter.name] = parameter.check(declared.value)
     unknown = sorted(set(_overrides(node)) - set(BY_NAME))
     if unknown:
         node.get_logger().warning(f"unknown parameters ignored: {', '.join(unknown)}; known: {', '.join(BY_NAME)}")
-    return values
+    return current(node)
+
+
+def current(node: Node) -> dict[str, Value]:
+    """The values as they are now, each in its parameter's type; ParameterError as `Parameter.check`."""
+    return {p.name: p.check(node.get_parameter(p.name).value) for p in PARAMETERS}
 
 
 def _overrides(node: Node) -> list[str]:

@@ -1,47 +1,36 @@
-"""Frames on their way from the subscription to the worker."""
+"""Frames of one camera on their way from the subscription to the worker."""
 
 from __future__ import annotations
 
-import threading
 from collections import deque
+
+from sparserefine_ros.node.receipt import Receipt
 
 
 class FrameQueue:
-    """A bounded queue that drops the oldest frame: with one slot, the newest frame wins.
-
-    `put` never blocks, so a subscription callback stays short; `get` waits. Thread-safe.
-    """
+    """A bounded queue that drops the oldest frame: with one slot, the newest frame wins. The scheduler locks it."""
 
     def __init__(self, capacity: int = 1) -> None:
-        self._frames: deque[bytes] = deque()
+        self._frames: deque[Receipt] = deque()
         self._capacity = capacity
-        self._changed = threading.Condition()
-        self._closed = False
 
-    def put(self, frame: bytes) -> int:
+    def put(self, frame: Receipt) -> int:
         """Adds a frame; the number of older frames dropped to make room (0 or 1)."""
-        with self._changed:
-            if self._closed:
-                return 1
-            dropped = len(self._frames) >= self._capacity
-            if dropped:
-                self._frames.popleft()
-            self._frames.append(frame)
-            self._changed.notify()
-            return int(dropped)
+        dropped = len(self._frames) >= self._capacity
+        if dropped:
+            self._frames.popleft()
+        self._frames.append(frame)
+        return int(dropped)
 
-    def get(self) -> bytes | None:
-        """The oldest waiting frame; waits for one. None once the queue is closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or bool(self._frames))
-            return None if self._closed else self._frames.popleft()
+    def get(self) -> Receipt:
+        """Takes the oldest frame; IndexError where there is none."""
+        return self._frames.popleft()
 
-    def close(self) -> None:
-        """Wakes `get` for good; what still waits is discarded."""
-        with self._changed:
-            self._closed = True
-            self._frames.clear()
-            self._changed.notify_all()
+    def clear(self) -> int:
+        """Drops what waits; how many frames that were."""
+        dropped = len(self._frames)
+        self._frames.clear()
+        return dropped
 
     def __len__(self) -> int:
         return len(self._frames)

@@ -1,15 +1,21 @@
 """Entry point of the executable `segment`.
 
-Exit codes: 0 after SIGINT or SIGTERM, 2 when start-up fails, with one line that says why.
+Exit codes: 0 after SIGINT or SIGTERM, 2 when start-up fails, with one line that says why. With the parameter autostart
+false, a model that cannot be loaded is no failed start-up: the node waits to be configured again.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
 
 from sparserefine_ros.errors import SparseRefineError
+from sparserefine_ros.node.memory import keep_large_buffers
+
+GRACE_S = 3.0
+"""How long a model that is being loaded may hold up the end."""
 
 
 class _Stop:
@@ -42,13 +48,20 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
 
     executor = node = None
+    started = False
     try:
+        keep_large_buffers()
         rclpy.init(args=None if args is None else list(args))
         from sparserefine_ros.node.segment_node import SegmentNode
 
         node = SegmentNode()
         executor = SingleThreadedExecutor()
         executor.add_node(node)
+        # A frame's hand-over from the executor's thread to the worker's waits for this, by default up to 5 ms.
+        sys.setswitchinterval(0.0005)
+        if node.autostart:
+            node.start(executor.spin_once)
+        started = True
         while rclpy.ok() and not stop.requested:
             executor.spin_once()
     except ExternalShutdownException:
@@ -56,8 +69,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         if stop.requested:  # rclpy fails in many ways where it is shut down during start-up
             return 0
-        # A RuntimeError without a node is rclpy's: it cannot read its own arguments or the parameter file.
-        if isinstance(error, SparseRefineError) or (node is None and isinstance(error, RuntimeError)):
+        # A RuntimeError then is rclpy's, which cannot read its arguments or parameter file, or torch's, without memory.
+        if isinstance(error, SparseRefineError) or (not started and isinstance(error, RuntimeError)):
             print(f"error: {error}", file=sys.stderr)
             return 2
         raise
@@ -67,6 +80,15 @@ def main(args: Sequence[str] | None = None) -> int:
         if node is not None:
             node.destroy_node()
         rclpy.try_shutdown()
+        loader = node.loader if node is not None else None
+        if loader is not None:
+            loader.join(GRACE_S)
+        if loader is not None and loader.is_alive():
+            # Building an engine takes minutes and cannot be interrupted, and an interpreter that ends under such a
+            # thread crashes. Files are written under other names until they are complete.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
     return 0
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from sparserefine_ros.errors import BundleError
 from sparserefine_ros.node.parameters import AUTO, Value
@@ -11,14 +14,45 @@ from sparserefine_ros.node.parameters import AUTO, Value
 if TYPE_CHECKING:
     from sparserefine_ros.segmenter.segmenter import Segmenter
 
+logger = logging.getLogger("sparserefine_ros")
 
-def load_segmenter(values: Mapping[str, Value]) -> Segmenter:
+
+LOADING, BUILDING, WARMING_UP = "loading", "building engine", "warming up"
+"""What a start-up is at."""
+Announce = Callable[[str], None]
+
+
+def start_segmenter(values: Mapping[str, Value], announce: Announce) -> Segmenter:
+    """`load_segmenter`, then one frame that nobody sees, so that the first real one does not pay for first times."""
+    segmenter = load_segmenter(values, announce)
+    announce(WARMING_UP)
+    try:
+        segmenter.segment([_first_frame(segmenter.bundle.native_size)])
+    except Exception as error:
+        if not is_out_of_memory(error):  # real frames may be smaller, and have a way out
+            raise
+        logger.warning("out of memory while warming up with a frame of the model's native size")
+    return segmenter
+
+
+def _first_frame(size: tuple[int, int]) -> np.ndarray:
+    """[H, W, 3] uint8, grey with noise in a tenth of its height: some pixels for the refiner, as in a real frame."""
+    image = np.full((*size, 3), 127, np.uint8)
+    noisy = image[: max(1, size[0] // 10)]
+    noisy[:] = np.random.default_rng(0).integers(0, 256, noisy.shape, np.uint8)
+    return image
+
+
+def load_segmenter(values: Mapping[str, Value], announce: Announce = lambda state: None) -> Segmenter:
     """Builds what `decoder`, `model`, `refine`, `scale`, `device`, `precision`, ... ask for.
+
+    ``announce`` is told what takes the time: LOADING, or BUILDING where onnxruntime's engine is made.
 
     Raises BundleError when the bundle is missing or corrupt, or decoder and model contradict each other, and
     ParameterError when device, runtime or sparse backend are not there or the threshold does not fit the bundle's
     classes.
     """
+    announce(LOADING)
     import torch
 
     from sparserefine_ros.segmenter.bundle import Bundle, default_bundle
@@ -36,6 +70,8 @@ def load_segmenter(values: Mapping[str, Value]) -> Segmenter:
     refined = {"true": True, "false": False}.get(refine, False if decoder == "dense" else None)
     if values["threads"]:
         torch.set_num_threads(int(values["threads"]))
+    if values["runtime"] == "onnxruntime":
+        announce(BUILDING)
     return Segmenter(
         bundle,
         device=str(values["device"]),

@@ -6,41 +6,58 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
-from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
-from sensor_msgs.msg import Image
+from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import String
 
 from sparserefine_ros.datasets.classes import ClassList
 from sparserefine_ros.networks.boundaries import draw_boundaries
 from sparserefine_ros.node import labels
 from sparserefine_ros.node.conversion import colourise, fill_image, overlay
+from sparserefine_ros.node.mask_transport import fill_png, shrink
+from sparserefine_ros.node.qos import QosWatch
+from sparserefine_ros.node.sources import RESULTS
 from sparserefine_ros.node.status import FrameReport, diagnostics
 
 if TYPE_CHECKING:
     from sparserefine_ros.segmenter.segmenter import Segmentation
 
-RESULTS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
+RELIABLE = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
 LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 
 
 class Outputs:
-    """The publishers below `segmentation/`."""
+    """The publishers of one camera, below the namespace `results`."""
 
-    def __init__(self, node: Node, classes: ClassList, superpixels: bool) -> None:
-        self._classes, self._lut = classes, classes.lut()
+    def __init__(self, qos: QosWatch, classes: ClassList, superpixels: bool, results: str = RESULTS) -> None:
+        node = qos.node
+        self._qos, self._classes, self._lut = qos, classes, classes.lut()
         images = ["mask", "confidence", "entropy", "color", "overlay", *(["superpixels"] if superpixels else [])]
-        self._images = {name: node.create_publisher(Image, f"segmentation/{name}", RESULTS) for name in images}
-        self._timing = node.create_publisher(DiagnosticArray, "segmentation/timing", RESULTS)
-        self._json = node.create_publisher(String, "segmentation/label_info_json", LATCHED)
+        self._images = {name: qos.publisher(Image, f"{results}/{name}", RELIABLE) for name in images}
+        self._png = qos.publisher(CompressedImage, f"{results}/mask/compressed", RELIABLE)
+        self._timing = qos.publisher(DiagnosticArray, f"{results}/timing", RELIABLE)
+        self._json = qos.publisher(String, f"{results}/label_info_json", LATCHED)
         self._label_info: Any = None
         if labels.LabelInfo is None:
             node.get_logger().info(
-                "vision_msgs is not installed: class names come as JSON on segmentation/label_info_json only "
-                "(std_msgs/String, latched), not on segmentation/label_info"
+                f"vision_msgs is not installed: class names come as JSON on {results}/label_info_json only "
+                f"(std_msgs/String, latched), not on {results}/label_info",
+                once=True,
             )
         else:
-            self._label_info = node.create_publisher(labels.LabelInfo, "segmentation/label_info", LATCHED)
+            self._label_info = qos.publisher(labels.LabelInfo, f"{results}/label_info", LATCHED)
+
+    @property
+    def publishers(self) -> list[Any]:
+        """All of them."""
+        info = [self._label_info] if self._label_info else []
+        return [*self._images.values(), self._png, self._timing, self._json, *info]
+
+    def destroy(self) -> None:
+        """Takes the topics away."""
+        for publisher in self.publishers:
+            self._qos.forget(publisher)
+            self._qos.node.destroy_publisher(publisher)
 
     def publish_labels(self, stamp: Any) -> None:
         """Class names and colours, latched. Repeated now and then: a bag split loses latched messages."""
@@ -49,8 +66,11 @@ class Outputs:
             self._label_info.publish(labels.label_info(self._classes, stamp))
 
     def publish(self, header: Any, image: np.ndarray, result: Segmentation, opacity: float) -> None:
-        """Mask and confidence always; the others only while somebody subscribes. All carry `header` untouched."""
+        """What somebody subscribes to. All carry `header` untouched and are of the mask's size, which may be smaller
+        than the image's."""
         self._send("mask", header, result.mask, "mono8")
+        if self._png.get_subscription_count():
+            self._png.publish(fill_png(CompressedImage(), header, result.mask))
         self._send("confidence", header, result.confidence, "mono8")
         if self.wanted("entropy"):
             self._send("entropy", header, result.entropy, "32FC1")
@@ -59,6 +79,7 @@ class Outputs:
             if self.wanted("color"):
                 self._send("color", header, colour, "rgb8")
             if self.wanted("overlay"):
+                image = shrink(image, (colour.shape[0], colour.shape[1]))
                 self._send("overlay", header, overlay(image, colour, opacity), "rgb8")
 
     def publish_superpixels(self, header: Any, image: np.ndarray, ids: np.ndarray) -> None:
@@ -75,4 +96,7 @@ class Outputs:
         return name in self._images and self._images[name].get_subscription_count() > 0
 
     def _send(self, name: str, header: Any, image: np.ndarray, encoding: str) -> None:
-        self._images[name].publish(fill_image(Image(), header, image, encoding))
+        """Publishes unless nobody could ever get it: to those who come late a latched topic gives the last message."""
+        latched = self._images[name].qos_profile.durability == DurabilityPolicy.TRANSIENT_LOCAL
+        if latched or self.wanted(name):
+            self._images[name].publish(fill_image(Image(), header, image, encoding))

@@ -11,10 +11,11 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from sparserefine_ros.errors import ParameterError
 
-Value = bool | int | float | str
+Value = Any  # bool, int, float, str or list[str]: what Parameter.check returns
 AUTO = "auto"
 
 
@@ -23,9 +24,9 @@ class Parameter:
     """One parameter. Its type is the type of `default`, unless `words` and a range make it a word or a number.
 
     choices: the only strings allowed; "true" and "false" among them may be given as booleans too.
-    pattern: regular expression that a string must match, explained by `form`.
+    pattern: regular expression that a string, or each string of a list, must match, explained by `form`.
     minimum, maximum: range of a number, both inclusive.
-    live: may change while the node runs; the others need a restart.
+    live: may change while the node runs; the others while it is not configured.
     """
 
     name: str
@@ -46,8 +47,8 @@ class Parameter:
 
     @property
     def several_types(self) -> bool:
-        """Whether ROS must let the type vary: 1 for 1.0, "1" for 1, a word for a number, true for "true"."""
-        return self.numeric or "true" in self.choices
+        """Whether ROS must let the type vary: 1 for 1.0, "1" for 1, a word, true for "true", [] of no type."""
+        return self.numeric or "true" in self.choices or isinstance(self.default, list)
 
     @property
     def values(self) -> str:
@@ -68,16 +69,27 @@ class Parameter:
             raise ParameterError(f"parameter '{self.name}' is {shown}; it must be: {self.values}")
         return result
 
-    def _fit(self, value: object) -> Value | None:
+    def _fit(self, value: object) -> Value:
+        """`value` in this parameter's type, None where it does not fit."""
+        if isinstance(self.default, list):
+            return self._list(value)
         if isinstance(value, bool):
             value = str(value).lower() if "true" in self.choices else None
         if self.numeric:
-            return value if value in self.words else self._number(value)  # type: ignore[return-value]
+            return value if value in self.words else self._number(value)
         if not isinstance(value, str):
             return None
         if self.choices:
             return value if value in self.choices else None
         return value if re.fullmatch(self.pattern or ".*", value) else None
+
+    def _list(self, value: object) -> list[str] | None:
+        if value is None:  # how ROS reads `[]`, which has no type
+            return []
+        if not isinstance(value, list) or len(set(map(str, value))) < len(value):
+            return None
+        fits = all(isinstance(item, str) and re.fullmatch(self.pattern, item) for item in value)
+        return list(value) if fits else None
 
     def _number(self, value: object) -> float | int | None:
         try:
@@ -119,6 +131,34 @@ PARAMETERS: tuple[Parameter, ...] = (
         AUTO,
         "Pixels whose entropy in nats exceeds this are refined; auto = the bundle's calibrated value. Lower "
         "refines more and takes longer. At most log(number of classes).",
+        words=(AUTO,),
+        minimum=0.0,
+        maximum=round(math.log(255), 4),
+        live=True,
+    ),
+    Parameter(
+        "latency_budget_ms",
+        0.0,
+        "Milliseconds from a frame's stamp to its mask that 95 % of the frames keep to: where time is short the "
+        "entropy threshold rises, and where that is not enough the frame stays dense; 0 = no budget.",
+        minimum=0.0,
+        maximum=60000.0,
+        live=True,
+    ),
+    Parameter(
+        "budget_threshold_min",
+        AUTO,
+        "With a latency budget: the lowest entropy threshold, used while time permits; auto = entropy_threshold.",
+        words=(AUTO,),
+        minimum=0.0,
+        maximum=round(math.log(255), 4),
+        live=True,
+    ),
+    Parameter(
+        "budget_threshold_max",
+        AUTO,
+        "With a latency budget: the highest entropy threshold before frames stay dense; auto = halfway from the lowest "
+        "to log(number of classes).",
         words=(AUTO,),
         minimum=0.0,
         maximum=round(math.log(255), 4),
@@ -183,6 +223,29 @@ PARAMETERS: tuple[Parameter, ...] = (
         choices=("raw", "compressed"),
     ),
     Parameter(
+        "cameras",
+        [],
+        "Cameras that share the model: a name N subscribes to `N/image` and publishes below `N/segmentation`; a topic, "
+        "in which * stands for anything but /, publishes below the topic's own namespace; matching topics are found "
+        "whenever they appear. Empty = one camera, `image` to `segmentation`.",
+        pattern=r"/?[A-Za-z*][A-Za-z0-9_*]*(/[A-Za-z_*][A-Za-z0-9_*]*)*",
+        form="list of names (front) and topics (/camera/*/image_raw), each once",
+    ),
+    Parameter(
+        "max_batch",
+        4,
+        "Cameras whose frames, of one size, are segmented together at most; 1 gives the shortest latency on a CPU.",
+        minimum=1,
+        maximum=64,
+    ),
+    Parameter(
+        "batch_window_ms",
+        0.0,
+        "How long a batch waits for further cameras, from the arrival of its first frame; 0 = takes what is there.",
+        minimum=0.0,
+        maximum=1000.0,
+    ),
+    Parameter(
         "qos_reliability",
         "best_effort",
         "Reliability asked of the image publisher; best_effort receives from every publisher.",
@@ -208,6 +271,22 @@ PARAMETERS: tuple[Parameter, ...] = (
         "Frames that may wait when queue is all; then the oldest is dropped.",
         minimum=1,
         maximum=10000,
+    ),
+    Parameter(
+        "autostart",
+        "true",
+        "true = the node configures and activates itself; false = `ros2 lifecycle set` does, and a model that cannot "
+        "be loaded does not end the node.",
+        choices=("true", "false"),
+    ),
+    Parameter(
+        "output_scale",
+        1.0,
+        "Size of everything published relative to the image, by nearest neighbour, so that class ids stay class ids; a "
+        "subscriber that uses camera_info must scale it likewise.",
+        minimum=0.05,
+        maximum=1.0,
+        live=True,
     ),
     Parameter(
         "overlay_opacity",

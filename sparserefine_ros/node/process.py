@@ -15,6 +15,7 @@ from types import TracebackType
 
 import sparserefine_ros
 from sparserefine_ros.errors import SparseRefineError
+from sparserefine_ros.node.parameters import Value
 
 STOP_TIMEOUT_S = 15.0
 
@@ -32,7 +33,7 @@ class NodeProcess:
 
     def __init__(
         self,
-        parameters: Mapping[str, bool | int | float | str],
+        parameters: Mapping[str, Value],
         remappings: Mapping[str, str],
         environment: Mapping[str, str],
         log: Path | None = None,
@@ -114,8 +115,10 @@ class NodeProcess:
             self._scratch.cleanup()
 
 
-def _yaml(value: bool | int | float | str) -> str:
+def _yaml(value: Value) -> str:
     """``value`` as ROS reads it on the command line; quoted, so that a model called "1" or "a: b" stays text."""
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_yaml, value)) + "]"
     if isinstance(value, str):
         return "'" + value.replace("'", "''") + "'"
     return str(value).lower()

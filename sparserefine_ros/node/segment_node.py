@@ -1,105 +1,221 @@
-"""The node `segment`: images in, masks out.
+"""The node `segment`: images in, masks out, as a lifecycle node.
 
-The subscription callback puts the serialized image into a queue and returns. One worker thread deserializes,
-segments and publishes, so parameters, timers and /clock are served while it computes, and frames that are
-replaced before their turn are never deserialized.
+    unconfigured --configure--> inactive --activate--> active
+                 <--cleanup----          <-deactivate-
+
+configure reads the parameters, loads the model and makes the topics; activate subscribes and starts the worker. A
+subscription callback puts the serialized image into its camera's slot and returns; the worker's thread does the rest.
+The model is loaded in a thread of its own, so that diagnostics tell how far it is. By default main() drives the node
+up to active (`SegmentNode.start`).
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from diagnostic_msgs.msg import DiagnosticArray
 from rclpy import get_rmw_implementation_identifier
 from rclpy.clock import Clock, ClockType
-from rclpy.node import Node
-from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
-from rclpy.serialization import deserialize_message
-from sensor_msgs.msg import CompressedImage, Image
+from rclpy.executors import ExternalShutdownException
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from std_srvs.srv import SetBool
 
-from sparserefine_ros.errors import FrameError
-from sparserefine_ros.node.conversion import to_rgb
-from sparserefine_ros.node.declare import declare, on_change
-from sparserefine_ros.node.frame_queue import FrameQueue
+from sparserefine_ros.errors import ParameterError, SparseRefineError
+from sparserefine_ros.node.budget import BUDGET_PARAMETERS, budget_values, make_budget
+from sparserefine_ros.node.camera import Camera
+from sparserefine_ros.node.declare import current, declare, on_change
+from sparserefine_ros.node.device_health import device_health, free_memory
 from sparserefine_ros.node.logs import RosHandler
-from sparserefine_ros.node.model import is_out_of_memory, load_segmenter, number_or_none
-from sparserefine_ros.node.outputs import Outputs
-from sparserefine_ros.node.parameters import Value
-from sparserefine_ros.node.status import Counters, FrameReport, diagnostics, judge
-from sparserefine_ros.node.transport import Arrivals, loses_images, remedy, stamp_of
+from sparserefine_ros.node.model import LOADING, Announce, number_or_none, start_segmenter
+from sparserefine_ros.node.parameters import BY_NAME, Value
+from sparserefine_ros.node.qos import QosWatch
+from sparserefine_ros.node.receipt import received
+from sparserefine_ros.node.reports import NodeState, Reporter
+from sparserefine_ros.node.rig import Rig
+from sparserefine_ros.node.scheduler import Scheduler
+from sparserefine_ros.node.transport import loses_images, remedy, stamp_of
+from sparserefine_ros.node.worker import Worker
 
 if TYPE_CHECKING:
-    from sparserefine_ros.segmenter.segmenter import Segmentation, Segmenter
+    from sparserefine_ros.segmenter.latency_budget import LatencyBudget
+    from sparserefine_ros.segmenter.segmenter import Segmenter
 
-QUIET_S = 5.0  # at most one warning of a kind in this time
 LABELS_EVERY = 10  # diagnostics between two repetitions of the class list
-RATE_OVER = 5  # diagnostics that masks_per_second is the mean of
+POLL_S = 0.1
+
+Load = Callable[[Mapping[str, Value], Announce], "Segmenter"]
 
 
-class SegmentNode(Node):
-    """See the README for topics and parameters.
+class SegmentNode(LifecycleNode):
+    """See the README for topics and parameters, docs/cameras.md for several cameras and the lifecycle.
 
-    Raises ParameterError or BundleError before any of its topics appears.
+    Raises ParameterError for a parameter that does not fit its table.
     """
 
-    def __init__(self, load: Callable[[Mapping[str, Value]], Segmenter] = load_segmenter, **node_options: Any) -> None:
+    def __init__(self, load: Load = start_segmenter, **node_options: Any) -> None:
         super().__init__("segment", **node_options)
-        values = declare(self)
+        self.autostart = declare(self)["autostart"] == "true"
         self._log_handler = RosHandler(self.get_logger())
-        self._segmenter = load(values)
-        self._opacity = float(values["overlay_opacity"])
-        on_change(self, self._change)
-
-        self._counters = Counters()
-        self._history: deque[dict[str, int]] = deque([self._counters.values()], maxlen=RATE_OVER + 1)
-        self._report: FrameReport | None = None
-        self._arrivals = Arrivals()
-        self._started = time.monotonic()
+        self._load = load
+        self._spin: Callable[..., None] | None = None
+        self._values: dict[str, Value] | None = None  # while configured, or about to be
+        self._segmenter: Segmenter | None = None
+        self._worker: Worker | None = None
+        self._failure: Exception | None = None
+        self._enabled = True
+        self._state = "unconfigured"
+        self.loader: threading.Thread | None = None
+        self._rig: Rig | None = None
+        self._qos = QosWatch(self)
         self._lossy = loses_images(get_rmw_implementation_identifier())
-        if self._lossy:
-            self.get_logger().warning(f"Fast DDS will lose most large images with its default settings: {remedy()}")
-
-        self._outputs = Outputs(self, self._segmenter.classes, self._segmenter.has_superpixels)
-        self._outputs.publish_labels(self.get_clock().now().to_msg())
-        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        on_change(self, self._change)
+        self._reporter = Reporter(self)
         self._ticks = 0
         # A steady clock: with use_sim_time the node must be able to say that no /clock and no image comes.
         self._timer = self.create_timer(1.0, self._tick, clock=Clock(clock_type=ClockType.STEADY_TIME))
+        self._enable = self.create_service(SetBool, "~/enable", self._on_enable)
 
-        self._queue = FrameQueue(int(values["queue_size"]) if values["queue"] == "all" else 1)
-        self._message_type, topic = Image, "image"
-        if values["image_transport"] == "compressed":
-            self._message_type, topic = CompressedImage, "image/compressed"
-        qos = QoSProfile(
-            history=HistoryPolicy.KEEP_LAST,
-            depth=int(values["qos_depth"]),
-            reliability=ReliabilityPolicy[str(values["qos_reliability"]).upper()],
-        )
-        self._subscription = self.create_subscription(self._message_type, topic, self._receive, qos, raw=True)
+    # Transitions -----------------------------------------------------------------------------------------------------
+
+    def start(self, spin: Callable[..., None] | None = None) -> None:
+        """Configures and activates the node; raises whatever kept it from that.
+
+        spin: serves parameters and the like while the model loads, an executor's `spin_once`.
+        """
+        self._spin = spin
+        try:
+            for trigger in (self.trigger_configure, self.trigger_activate):
+                if trigger() != TransitionCallbackReturn.SUCCESS:
+                    raise self._failure or RuntimeError(f"the transition {trigger.__name__} failed")
+        finally:
+            self._spin = None
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Parameters, model, topics. A failure is logged and leaves the node unconfigured."""
+        return self._attempt(self._configure, self._release)
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Subscriptions and worker."""
+        return self._attempt(self._activate, self._stop)
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Masks stop, when the batch in work is done; the model stays."""
+        return self._attempt(self._stop)
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Model and topics go."""
+        return self._attempt(self._release)
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """From any state, for good."""
+        result = self._attempt(self._release)
+        self._state = "finalized"
+        return result
+
+    def _attempt(self, step: Callable[[], None], undo: Callable[[], None] = lambda: None) -> TransitionCallbackReturn:
+        self._failure = None
+        try:
+            step()
+        except ExternalShutdownException:
+            # Past rclpy, which would complain that it cannot publish the transition any more.
+            raise SystemExit(0) from None
+        except Exception as error:  # rclpy would swallow it
+            self._failure = error
+            undo()
+            if self.context.ok():
+                what = str(error) if isinstance(error, SparseRefineError) else f"{type(error).__name__}: {error}"
+                self.get_logger().error(what)
+            return TransitionCallbackReturn.FAILURE
+        return TransitionCallbackReturn.SUCCESS
+
+    def _configure(self) -> None:
+        self._values = values = current(self)
+        self._state = LOADING
+        self._segmenter = segmenter = self._loaded(values)
+        self._change("entropy_threshold", self.get_parameter("entropy_threshold").value)  # changed meanwhile
+        self._rig = Rig(self._qos, values, segmenter.classes, segmenter.has_superpixels)
+        self._state = "inactive"
         self.get_logger().info(
-            f"ready: {self._description()}, entropy threshold {self._segmenter.entropy_threshold:.4g} nats, "
-            f"images from {self._subscription.topic_name}"
+            f"configured: {self._description(segmenter)}, entropy threshold {segmenter.entropy_threshold:.4g} nats"
         )
-        # Last: were anything above to fail, a running thread would keep the process alive.
-        self._worker = threading.Thread(target=self._work, name="segment")
-        self._worker.start()
+
+    def _activate(self) -> None:
+        values, segmenter, rig = self._values, self._segmenter, self._rig
+        assert values is not None and segmenter is not None and rig is not None
+        if self._lossy:
+            self.get_logger().warning(f"Fast DDS will lose most large images with its default settings: {remedy()}")
+        capacity = int(values["queue_size"]) if values["queue"] == "all" else 1
+        window_s = float(values["batch_window_ms"]) / 1e3
+        scheduler: Scheduler[Camera] = Scheduler(capacity, int(values["max_batch"]), window_s)
+        opacity, scale = (float(self.get_parameter(name).value) for name in ("overlay_opacity", "output_scale"))
+        budget = self._budget(segmenter)
+        self._worker = Worker(segmenter, scheduler, self.get_logger(), self.context.ok, opacity, scale, budget)
+        rig.open(scheduler, self._receive)
+        self._state = "active"
+        self.get_logger().info(f"ready: images from {', '.join(rig.topics)}")
+
+    def _stop(self) -> None:
+        if self._rig is not None:
+            self._rig.close()
+        if self._worker is not None:
+            self._worker.stop()
+            self._worker = None
+        self._state = "inactive"
+
+    def _release(self) -> None:
+        self._stop()
+        if self._rig is not None:
+            self._rig.destroy()
+        self._rig = self._segmenter = self._values = None
+        self._state = "unconfigured"
+        free_memory()
 
     def destroy_node(self) -> None:
-        """Stops the worker, which finishes the frame it is at, before the publishers go."""
-        if hasattr(self, "_worker"):
-            self._queue.close()
-            self._worker.join()
+        """Stops the worker, which finishes the batch it is at, before the publishers go."""
+        if hasattr(self, "_enable"):  # the last thing made
+            self._release()
         if hasattr(self, "_log_handler"):
             self._log_handler.close()
         super().destroy_node()
 
-    def _description(self) -> str:
-        s = self._segmenter
+    # The model -------------------------------------------------------------------------------------------------------
+
+    def _loaded(self, values: Mapping[str, Value]) -> Segmenter:
+        """The model, loaded in a thread; meanwhile diagnostics go on. ExternalShutdownException when told to end."""
+        future: Future[Segmenter] = Future()
+
+        def load() -> None:
+            try:
+                future.set_result(self._load(values, self._announce))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self.loader = threading.Thread(target=load, name="load", daemon=True)
+        self.loader.start()
+        reported = time.monotonic()
+        while not future.done():
+            if self._spin is not None:
+                self._spin(timeout_sec=POLL_S)
+            else:  # a transition asked for by service blocks the executor, and with it the timer
+                wait([future], POLL_S)
+                if time.monotonic() - reported >= 1.0:
+                    reported = time.monotonic()
+                    self._report()
+            if not self.context.ok():
+                raise ExternalShutdownException()
+        return future.result()
+
+    def _announce(self, state: str) -> None:
+        self._state = state
+        self.get_logger().info(state)
+        if self.context.ok():
+            self._report()
+
+    @staticmethod
+    def _description(s: Segmenter) -> str:
         kinds = [kind for kind in s.bundle.decoders if kind not in ("dense", "sparserefine")]
         decoder = " + ".join([*kinds, *(["sparserefine"] if s.refines else [])]) or "dense"
         engine = f", sparse backend {s.sparse_backend}" if s.refines else ""
@@ -107,95 +223,94 @@ class SegmentNode(Node):
         return f"{what} on {s.device}, {s.precision}, runtime {s.runtime}{engine}"
 
     def _change(self, name: str, value: Value) -> None:
-        """A live parameter change; raises ParameterError to refuse it."""
-        if name == "entropy_threshold":
-            number = number_or_none(value)
-            self._segmenter.entropy_threshold = self._segmenter.bundle.entropy_threshold if number is None else number
-        elif name == "overlay_opacity":
-            self._opacity = float(value)
-
-    def _receive(self, frame: bytes) -> None:
-        self._arrivals.arrived(stamp_of(frame), time.monotonic())
-        self._counters.add(received=1, dropped=self._queue.put(frame))
-
-    def _work(self) -> None:
-        while (frame := self._queue.get()) is not None:
-            start = time.perf_counter()
-            try:
-                message = deserialize_message(frame, self._message_type)
-                image = to_rgb(message)
-            except Exception as error:  # whatever a sender does may cost its frame, never the node
-                self._counters.add(malformed=1)
-                self.get_logger().warning(f"malformed frame skipped: {error}", throttle_duration_sec=QUIET_S)
-                continue
-            try:
-                self._process(message.header, image, start)
-            except Exception as error:
-                if not self.context.ok():  # shut down while publishing
-                    return
-                self._counters.add(failed=1)
-                what = str(error) if isinstance(error, FrameError) else f"{type(error).__name__}: {error}"
-                self.get_logger().error(f"frame skipped, segmenting it failed: {what}", throttle_duration_sec=QUIET_S)
-
-    def _process(self, header: Any, image: np.ndarray, start: float) -> None:
-        """Segments and publishes one frame; `start` (time.perf_counter) is when its decoding began."""
-        decoded = time.perf_counter()
-        threshold = self._segmenter.entropy_threshold
-        result = self._segment(image)
-        segmented = time.perf_counter()
-        self._outputs.publish(header, image, result, self._opacity)
-        if self._outputs.wanted("superpixels"):
-            self._outputs.publish_superpixels(header, image, self._segmenter.superpixels(image))
-        published = time.perf_counter()
-        stages = {
-            "decode": (decoded - start) * 1e3,
-            **result.stage_ms,
-            "publish": (published - segmented) * 1e3,
-            "total": (published - start) * 1e3,
-        }
-        self._report = FrameReport(result.density, threshold, stages)
-        self._counters.add(processed=1)
-        self._outputs.publish_timing(header, self._report, self._segmenter.bundle.name)
-
-    def _segment(self, image: np.ndarray) -> Segmentation:
-        """One frame; where memory runs out, its dense mask rather than none."""
-        try:
-            return self._segmenter.segment([image])[0]
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            self.get_logger().warning(
-                f"out of memory at {image.shape[1]} x {image.shape[0]}, frame segmented without refinement; "
-                "raise entropy_threshold, or free memory",
-                throttle_duration_sec=QUIET_S,
+        """A parameter change while running; raises ParameterError to refuse it."""
+        if self._values is not None and not BY_NAME[name].live:
+            raise ParameterError(
+                f"'{name}' is read-only while the node is configured; first deactivate it and clean it up "
+                "(ros2 lifecycle set)"
             )
-        # Outside the handler: while it runs, the traceback keeps the failed attempt's tensors alive.
-        result = self._segmenter.segment([image], refine=False)[0]
-        self._counters.add(unrefined=1)
-        return result
+        if name == "entropy_threshold" and self._segmenter is not None:
+            number, before = number_or_none(value), self._segmenter.entropy_threshold
+            self._segmenter.entropy_threshold = self._segmenter.bundle.entropy_threshold if number is None else number
+            try:
+                self._set_budget()
+            except ParameterError:
+                self._segmenter.entropy_threshold = before
+                raise
+        elif name in BUDGET_PARAMETERS:
+            self._set_budget(**{name: value})
+        elif name == "overlay_opacity" and self._worker is not None:
+            self._worker.opacity = float(value)
+        elif name == "output_scale" and self._worker is not None:
+            self._worker.scale = float(value)
+
+    def _set_budget(self, **changed: Value) -> None:
+        if self._worker is not None and self._segmenter is not None:
+            self._worker.budget = self._budget(self._segmenter, **changed)
+
+    def _budget(self, segmenter: Segmenter, **changed: Value) -> LatencyBudget | None:
+        values = {name: self.get_parameter(name).value for name in BUDGET_PARAMETERS} | changed
+        return make_budget(values, segmenter.entropy_threshold, len(segmenter.classes))
+
+    # Frames ----------------------------------------------------------------------------------------------------------
+
+    def _receive(self, camera: Camera, frame: bytes) -> None:
+        stamp = stamp_of(frame)
+        camera.arrivals.arrived(stamp, time.monotonic())
+        receipt = received(frame, stamp, self.get_clock().now().nanoseconds, time.perf_counter())
+        camera.stamps_believed = receipt.believed
+        worker = self._worker
+        dropped = worker.scheduler.put(camera, receipt) if worker is not None and self._enabled else 1
+        camera.counters.add(received=1, dropped=dropped)
+
+    def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
+        """Service ~/enable: while disabled, frames are dropped as they come; model and topics stay."""
+        self._enabled = request.data
+        if not self._enabled and self._worker is not None:
+            for camera, dropped in self._worker.scheduler.clear().items():
+                camera.counters.add(dropped=dropped)
+        response.success, response.message = True, "enabled" if self._enabled else "disabled"
+        self.get_logger().info(f"{response.message} by ~/enable")
+        return response
+
+    # Diagnostics -----------------------------------------------------------------------------------------------------
+
+    @property
+    def cameras(self) -> Sequence[Camera]:
+        """The cameras of the configured node."""
+        return self._rig.cameras if self._rig is not None else ()
 
     def _tick(self) -> None:
-        stamp = self.get_clock().now().to_msg()
         self._ticks += 1
-        if self._ticks % LABELS_EVERY == 0:
-            self._outputs.publish_labels(stamp)
-        topic = self._subscription.topic_name
-        publishers = self.count_publishers(topic)
-        complaint = self._arrivals.complaint(time.monotonic(), publishers, self._started)
-        if complaint and self._lossy:
-            complaint += f"; {remedy()}"
-            self.get_logger().warning(complaint, throttle_duration_sec=30.0)
-        counts = self._counters.values()
-        # An engine for frames of another size than the bundle's is built when the first one comes.
-        level, text = judge(self._segmenter.under_way or complaint, self._history[-1], counts, publishers)
-        self._history.append(counts)
-        rate = (counts["processed"] - self._history[0]["processed"]) / (len(self._history) - 1)
-        values: dict[str, object] = {"model": self._description(), "image_topic": topic, "publishers": publishers}
-        values |= counts | {"waiting": len(self._queue), "masks_per_second": f"{rate:.1f}"}
-        values["entropy_threshold"] = f"{self._segmenter.entropy_threshold:.6g}"
-        values["estimated_loss"] = f"{self._arrivals.loss():.2f}"
-        values["degraded"] = f"{counts['unrefined']} frames without refinement" if counts["unrefined"] else ""
-        if self._report is not None:
-            values |= self._report.key_values() | {"entropy_threshold": values["entropy_threshold"]}
-        name = f"{self.get_fully_qualified_name().lstrip('/')}: segmentation"
-        self._diagnostics.publish(diagnostics(stamp, name, level, text, self._segmenter.bundle.name, values))
+        if self._rig is not None:
+            self._rig.discover()
+            if self._ticks % LABELS_EVERY == 0:
+                self._rig.publish_labels()
+        self._report()
+
+    def _report(self) -> None:
+        worker, segmenter = self._worker, self._segmenter
+        help_text = remedy() if self._lossy else ""
+        cameras = {c: c.status(worker.scheduler.waiting(c) if worker else 0, help_text) for c in self.cameras}
+        complaints = [status.complaint for status in cameras.values() if status.complaint]
+        if complaints and self._lossy and self._state == "active":
+            self.get_logger().warning(complaints[0], throttle_duration_sec=30.0)
+        trouble = self._state
+        if self._state == "active":
+            # An engine for frames of another size than the bundle's is built when the first one comes.
+            trouble = segmenter.under_way if segmenter is not None else ""
+            trouble = trouble if self._enabled else "disabled by ~/enable: frames are dropped"
+        values: dict[str, object] = {"enabled": self._enabled}
+        if segmenter is not None:
+            values |= {"model": self._description(segmenter)}
+            values["entropy_threshold"] = f"{segmenter.entropy_threshold:.6g}"
+        if worker is not None:
+            values |= {name: f"{ms:.3f}" for name, ms in worker.stages.values().items()}
+        values |= device_health(segmenter.device if segmenter is not None else "")
+        name = segmenter.bundle.name if segmenter is not None else ""
+        degraded = [trouble] if trouble and self._state == "active" else []
+        degraded += self._qos.complaints()
+        if worker is not None:
+            values |= budget_values(worker.budget)
+            degraded += [worker.unaffordable] if worker.budget is not None and worker.unaffordable else []
+        self._reporter.publish(NodeState(self._state, trouble, name, degraded, values), cameras)

@@ -20,6 +20,7 @@ class Counters:
     malformed: int = 0  # could not be converted
     failed: int = 0  # the segmenter raised an error
     unrefined: int = 0  # processed, but without refinement for lack of memory
+    stale: int = 0  # processed, but older than a frame of the same camera published before
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self, **amounts: int) -> None:
@@ -64,11 +65,14 @@ def diagnostics(
         array.header = stamp_or_header
     else:
         array.header.stamp = stamp_or_header
-    rows = [KeyValue(key=key, value=str(value)) for key, value in values.items()]
-    array.status = [
-        DiagnosticStatus(level=LEVELS[level], name=name, message=message, hardware_id=hardware, values=rows)
-    ]
+    array.status = [status(name, level, message, hardware, values)]
     return array
+
+
+def status(name: str, level: str, message: str, hardware: str, values: Mapping[str, object]) -> DiagnosticStatus:
+    """One line of the diagnostics."""
+    rows = [KeyValue(key=key, value=str(value)) for key, value in values.items()]
+    return DiagnosticStatus(level=LEVELS[level], name=name, message=message, hardware_id=hardware, values=rows)
 
 
 def judge(complaint: str, before: Mapping[str, int], now: Mapping[str, int], publishers: int) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +44,12 @@ from sparserefine_ros.segmenter.stage_clock import StageClock
 from sparserefine_ros.sparse import SiteSet
 from sparserefine_ros.sparse.backends import pick_backend
 
+ENTROPY_SAMPLE = 1 << 15
+
+Choose = Callable[[np.ndarray, int], float | None]
+"""Gives the entropy threshold for a batch, or None to leave it dense: called after the dense stage with a regular
+sample of the batch's entropies, in nats, and its number of pixels; see `LatencyBudget`."""
+
 
 @dataclass(frozen=True)
 class Segmentation:
@@ -54,6 +60,7 @@ class Segmentation:
     low_entropy: np.ndarray  # [h, w] float32, nats: entropy of the initial prediction
     density: float  # refined pixels over all pixels
     stage_ms: dict[str, float]  # milliseconds by stage, for the whole batch the frame was part of
+    threshold: float | None = None  # nats: pixels above it were refined; None where the refiner did not run
 
     @property
     def entropy(self) -> np.ndarray:
@@ -164,10 +171,13 @@ class Segmenter:
             )
         self._threshold = float(value)
 
-    def segment(self, images: Sequence[np.ndarray], refine: bool | None = None) -> list[Segmentation]:
+    def segment(
+        self, images: Sequence[np.ndarray], refine: bool | None = None, choose: Choose | None = None
+    ) -> list[Segmentation]:
         """Segments ``images``, each [H, W, 3] uint8 RGB; frames of one size share a batch.
 
-        ``refine=False`` leaves the refiner out for this call. Raises FrameError for an array that is no such image and
+        ``refine=False`` leaves the refiner out for this call; ``choose`` takes the place of ``entropy_threshold``, once
+        for each batch. Raises FrameError for an array that is no such image and
         for logits that are not finite (broken weights, or overflow in half precision).
         """
         for image in images:
@@ -177,7 +187,8 @@ class Segmenter:
             groups[image.shape[0], image.shape[1]].append(index)
         results: dict[int, Segmentation] = {}
         for indices in groups.values():
-            batch = self._segment_batch([images[i] for i in indices], self.refines if refine is None else refine)
+            refined = self.refines if refine is None else refine
+            batch = self._segment_batch([images[i] for i in indices], refined and self.refiner is not None, choose)
             results.update(zip(indices, batch, strict=True))
         return [results[i] for i in range(len(images))]
 
@@ -208,7 +219,9 @@ class Segmenter:
         return self.dense.progress.text if isinstance(self.dense, OnnxDense | Compiled) else ""
 
     @torch.inference_mode()
-    def _segment_batch(self, images: Sequence[np.ndarray], refine: bool) -> list[Segmentation]:
+    def _segment_batch(
+        self, images: Sequence[np.ndarray], refine: bool, choose: Choose | None = None
+    ) -> list[Segmentation]:
         clock = StageClock(self.device)
         size = (images[0].shape[0], images[0].shape[1])
         on_gpu = self.device.type == "cuda"
@@ -225,13 +238,15 @@ class Segmenter:
         with clock("select"):
             initial = self.head.initial(logits)
             mask, confidence = upsample_nearest(initial.mask, size), upsample_nearest(initial.confidence, size)
-            selected = upsample_nearest(initial.entropy > self._threshold, size)  # bool [B, H, W]
+            threshold = self._pick(initial.entropy, len(images) * size[0] * size[1], choose) if refine else None
         density, finite = torch.zeros(len(images), device=self.device), torch.tensor(True)
-        if refine and self.refiner is not None:
+        if threshold is not None:
             assert native is not None
-            density = selected.flatten(1).float().mean(1)
+            with clock("select"):
+                selected = upsample_nearest(initial.entropy > threshold, size)  # bool [B, H, W]
+                density = selected.flatten(1).float().mean(1)
             finite = torch.as_tensor(self._refine(native, low, logits, initial, selected, mask, confidence, clock))
-        # Nothing above asks the device for a value, but for the number of selected pixels.
+        # Nothing above asks the device for a value, but for the number of selected pixels and what `choose` looks at.
         masks, confidences, entropies, densities, *whole = to_host(
             mask, confidence, initial.entropy, density, torch.as_tensor(initial.finite), finite
         )
@@ -243,8 +258,18 @@ class Segmenter:
                 )
         ms = clock.ms
         return [
-            Segmentation(masks[b], confidences[b], entropies[b], float(densities[b]), ms) for b in range(len(images))
+            Segmentation(masks[b], confidences[b], entropies[b], float(densities[b]), ms, threshold)
+            for b in range(len(images))
         ]
+
+    def _pick(self, entropy: Tensor, pixels: int, choose: Choose | None) -> float | None:
+        """The threshold for a batch with ``entropy`` [B, h, w] and that many native pixels."""
+        if choose is None:
+            return self._threshold
+        step = math.ceil(math.sqrt(max(1.0, entropy.numel() / ENTROPY_SAMPLE)))
+        [sample] = to_host(entropy[:, ::step, ::step])
+        # Broken logits are told below; they must not teach the budget anything.
+        return choose(sample, pixels) if np.isfinite(sample).all() else None
 
     def _shrink_and_see(self, native: Tensor) -> tuple[Tensor, Tensor]:
         """[B, H, W, 3] uint8 to what the dense segmenter sees of it, [B, h, w, 3] uint8, and its logits."""

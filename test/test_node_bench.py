@@ -1,0 +1,106 @@
+"""`sparserefine bench node` and `bench budget` say what they measured."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparserefine_ros import cli
+from sparserefine_ros.benchmarks import budget_live, budget_simulation
+from sparserefine_ros.benchmarks.node_overhead import Resources
+
+
+def test_bench_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rclpy")
+    file = tmp_path / "node.json"
+    arguments = ["bench", "node", "--size", "64x96", "--rate", "20", "--duration", "1.5", "--json", str(file)]
+    assert cli.main(arguments) == 0
+    result = json.loads(file.read_text())
+    assert {"p50", "p99"} <= set(result["overhead_ms"]) and result["overhead_ms"]["p50"] > 0
+    assert result["overhead_ms"]["p50"] <= result["overhead_ms"]["p99"] <= result["overhead_ms"]["max"]
+    whole, segmenter = result["stamp_to_publish_ms"]["max"], result["segmenter_ms"]["p50"]
+    assert result["overhead_ms"]["p50"] < whole and segmenter < whole
+    assert 5 < result["rate_hz"] < 25
+    assert result["frames"]["sent"] == pytest.approx(30, abs=2)
+    assert result["frames"]["masks"] + result["frames"]["lost"] == result["frames"]["sent"]
+    assert result["camera"]["size"] == [64, 96] and result["camera"]["hz"] == 20
+    assert len(result["memory"]["rss_mb"]) >= 2 and result["memory"]["handles"][0] > 0
+    assert {"cpu", "cores"} <= set(result["hardware"]) and {"rclpy", "rmw", "torch"} <= set(result["versions"])
+    said = capsys.readouterr().out
+    assert f"| overhead | {result['overhead_ms']['p50']:.2f} |" in said and "96x64 rgb8 at 20 Hz" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["node", "--size", "large"], "'large'"),
+        (["node", "--rate", "0"], "--rate 0"),
+        (["budget", "--rate", "-1"], "-1"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_resources_are_this_process_own_and_slopes_are_per_hour() -> None:
+    resources = Resources(os.getpid())
+    resources.look(0.0)
+    resources.look(0.5)  # too soon
+    assert resources.seconds == [0.0] and resources.handles[0] == pytest.approx(len(os.listdir("/proc/self/fd")), abs=3)
+    assert 20 < resources.rss_mb[0] < 20000 and resources.threads[0] >= 1
+    grown = Resources(0, [float(s) for s in range(100)], [100 + 0.01 * s for s in range(100)], [5] * 100, [3] * 100)
+    report = grown.report()
+    assert report["rss_mb_per_hour"] == pytest.approx(36) and report["handles_per_hour"] == pytest.approx(0, abs=1e-9)
+    assert report["rss_mb_first_last"] == [pytest.approx(100.5), pytest.approx(100.99)]
+
+
+def test_simulated_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    scene = {"steady": budget_simulation.Plant(frames=60)}
+    monkeypatch.setattr(budget_simulation, "SCENES", scene)
+    file = tmp_path / "simulated.json"
+    assert cli.main(["bench", "budget", "--simulate", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["controller"] for row in rows] == list(budget_simulation.CONTROLLERS)
+    assert all(0 <= row["density"] <= 1 and row["p95_ms"] > 0 for row in rows)
+    assert f"| steady | feedback alone | {rows[1]['p95_ms']:.1f} |" in capsys.readouterr().out
+
+
+def made_up() -> dict[str, Any]:
+    """A result as `budget_live.measure` gives it: four frames, one of them dense."""
+
+    def run(latencies: list[float], thresholds: list[float | None]) -> dict[str, Any]:
+        rows = [
+            {"frame": i, "latency_ms": ms, "entropy_threshold": t, "density": 0.1 * i}
+            for i, (ms, t) in enumerate(zip(latencies, thresholds, strict=True))
+        ]
+        quantiles = {p: float(np.quantile(latencies, q)) for p, q in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99))}
+        return {
+            "latency_ms": quantiles, "miou": 0.5, "density": 0.15, "masks": 4, "late": 0.25, "timeline": rows,
+        }  # fmt: skip
+
+    runs = {"fixed": run([10, 20, 30, 40], [0.3] * 4), "budget": run([10, 20, 25, 25], [0.3, 0.4, None, 1.2])}
+    return {
+        "budget_ms": 25.0, "model": "tiny", "entropy_threshold": 0.3, "frames": 4, "rate_hz": 2.0, "stretch": 2,
+        "runs": runs, "hardware": {"cpu": "c", "cores": 2},
+    }  # fmt: skip
+
+
+def test_the_budget_between_calm_and_cluttered_frames() -> None:
+    timeline = made_up()["runs"]["fixed"]["timeline"]
+    assert budget_live._middle(timeline) == pytest.approx((19.5 + 35) / 2)
+
+
+def test_the_picture_and_the_table(tmp_path: Path) -> None:
+    import cv2
+
+    result = made_up()
+    assert "| fixed | 25 | 38 | 40 | 25.0 % | 15.0 % | 50.00 | 4 |" in budget_live.markdown(result)
+    budget_live.draw(result, tmp_path / "plots" / "budget.png")
+    picture = cv2.imread(str(tmp_path / "plots" / "budget.png"))
+    assert picture.shape[0] > 400 and picture.std() > 10
