@@ -20,21 +20,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sparserefine_ros import __version__
 from sparserefine_ros.errors import BundleError, FrameError, ParameterError
-from sparserefine_ros.networks.bilateral import BilateralRefiner
-from sparserefine_ros.networks.graphed_unet import GraphedUNet
-from sparserefine_ros.networks.refiner import SparseRefiner
+from sparserefine_ros.networks.points import CoarseFine
 from sparserefine_ros.networks.registry import DENSE, REFINERS, Refiner, build
 from sparserefine_ros.networks.selectors import upsample_nearest
 from sparserefine_ros.networks.superpixel import SuperpixelTransformer
 from sparserefine_ros.segmenter.bundle import Bundle, NetworkSpec, load_network
-from sparserefine_ros.segmenter.head import Initial, build_head, gather_initial
+from sparserefine_ros.segmenter.head import build_head
 from sparserefine_ros.segmenter.onnx_dense import RUNTIMES, OnnxDense
-from sparserefine_ros.segmenter.preprocess import low_resolution_size, normalise, normalise_pixels, resize, upload
-from sparserefine_ros.sparse import SiteSet
+from sparserefine_ros.segmenter.preprocess import low_resolution_size, normalise, resize, upload
+from sparserefine_ros.segmenter.refining import KINDS, Refining, Seen
 from sparserefine_ros.sparse.backends import pick_backend
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -104,8 +103,7 @@ class Segmenter:
         self.refines = bundle.refiner is not None if refine is None else refine
         self.entropy_threshold = bundle.entropy_threshold if entropy_threshold is None else entropy_threshold
         dense = bundle.native if self.scale == 1 and bundle.native else bundle.dense
-        self.dense: nn.Module = fold_batch_norm(self._load(DENSE, dense))
-        self.dense = self.dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.dense = self._load_dense(dense)
         if bundle.temperature != 1 and dense is bundle.dense:
             self.dense = Tempered(self.dense, bundle.temperature)
         self._run_dense: Callable[[Tensor], Tensor] = self.dense
@@ -118,15 +116,16 @@ class Segmenter:
         backend = pick_backend(sparse_backend, self.device, PRECISIONS[precision])
         self.sparse_backend = backend.name
         self.refiner: Refiner | None = None
-        self.graphed: GraphedUNet | None = None
+        self.refining: Refining | None = None
         if self.refines and bundle.refiner is not None:
-            self.refiner = refiner = self._load(REFINERS, bundle.refiner)
-            if isinstance(refiner, SparseRefiner):
-                refiner.fuse(backend, PRECISIONS[precision])
-            if isinstance(refiner, SparseRefiner) and backend.name == "triton" and self.device.type == "cuda":
-                assert refiner.fused is not None
-                # One launch a frame. Not yet run on a GPU, as the backend itself, which "auto" therefore leaves alone.
-                self.graphed = GraphedUNet(refiner.fused, refiner.stride, refiner_input)
+            self.refiner = self._load(REFINERS, bundle.refiner)
+            kind = KINDS[bundle.refiner.network]
+            if kind.needs_maps:
+                self._check_maps(bundle.refiner.network)
+            native = None
+            if kind.needs_native:
+                native = self._load_dense(bundle.native) if bundle.native and dense is bundle.dense else self.dense
+            self.refining = kind(self.refiner, backend, PRECISIONS[precision], native)
         self.head = build_head(self.refiner, self.device)
 
     def _onnx(self, spec: NetworkSpec, provider: str) -> OnnxDense:
@@ -138,6 +137,21 @@ class Segmenter:
         onnx = OnnxDense(self.dense, identity, self.device, provider, self.precision == "fp16")
         onnx.prepare(self.low_size(self.bundle.native_size))
         return onnx
+
+    def _check_maps(self, refiner: str) -> None:
+        """Raises where the dense segmenter does not show the refiner what it reads."""
+        if self.runtime != "torch":
+            raise ParameterError(f"refiner {refiner!r} reads features of the dense segmenter; set runtime to torch")
+        if not hasattr(self._network, "coarse_and_fine"):
+            shown = [name for name, kind in DENSE.items() if hasattr(kind, "coarse_and_fine")]
+            raise BundleError(
+                f"refiner {refiner!r} reads features that network {self.bundle.dense.network!r} does not show; "
+                f"networks that do: {', '.join(shown)}"
+            )
+
+    def _load_dense(self, spec: NetworkSpec) -> nn.Module:
+        network = fold_batch_norm(self._load(DENSE, spec))
+        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _load(self, table: Any, spec: NetworkSpec) -> Any:
         try:
@@ -214,8 +228,13 @@ class Segmenter:
         with clock("preprocess"):
             low = upload([resize(image, self.low_size(size)) for image in images], self.device)
             x = normalise(low)
+        maps: CoarseFine | None = None
         with clock("dense"), self._autocast():
-            logits = self._run_dense(x)  # [B, K, h, w]
+            if refine and self.refining is not None and self.refining.needs_maps:
+                maps = coarse_and_fine(self.dense, x)
+                logits = F.interpolate(maps.coarse, x.shape[-2:], mode="bilinear", align_corners=False)
+            else:
+                logits = self._run_dense(x)  # [B, K, h, w]
         with clock("select"):
             initial = self.head.initial(logits)
             if not initial.finite:
@@ -226,66 +245,37 @@ class Segmenter:
             mask, confidence = upsample_nearest(initial.mask, size), upsample_nearest(initial.confidence, size)
             selected = upsample_nearest(initial.entropy > self._threshold, size)  # bool [B, H, W]
         densities = [0.0] * len(images)
-        if refine and self.refiner is not None:
+        if refine and self.refining is not None:
             densities = selected.flatten(1).float().mean(1).tolist()
-            self._refine(images, low, logits, initial, selected, mask, confidence, clock)
+            with clock("refine"):
+                seen = Seen(selected, upload(images, self.device), low, initial.probabilities, maps)
+            densities = self._refine(seen, logits, mask, confidence, clock) or densities
         return [
             Segmentation(_array(mask[b]), _array(confidence[b]), _array(initial.entropy[b]), densities[b], clock.ms)
             for b in range(len(images))
         ]
 
-    def _refine(
-        self,
-        images: Sequence[np.ndarray],
-        low: Tensor,
-        logits: Tensor,
-        initial: Initial,
-        selected: Tensor,
-        mask: Tensor,
-        confidence: Tensor,
-        clock: Any,
-    ) -> None:
-        """Writes the final prediction of the selected pixels into ``mask`` and ``confidence`` [B, H, W].
+    def _refine(self, seen: Seen, logits: Tensor, mask: Tensor, confidence: Tensor, clock: Any) -> list[float] | None:
+        """Writes the final prediction of the refined pixels into ``mask`` and ``confidence`` [B, H, W].
 
-        low: [B, h, w, 3] uint8, the images as the dense segmenter saw them.
+        Returns the share of each image that was refined, where that is not the selection.
         """
-        assert self.refiner is not None
+        assert self.refining is not None
         with clock("refine"), self._autocast():
-            context = () if initial.probabilities is None else (initial.probabilities,)
-            if self.graphed is not None:
-                sites, features = self.graphed(selected, self._native(images), *context)  # [N, C]
-            elif isinstance(self.refiner, BilateralRefiner):
-                sites = SiteSet.from_mask(selected)
-                features = self.refiner(sites, self._native(images), low, *context)
-            else:
-                pyramid = self.refiner.pyramid(selected)
-                sites = pyramid.levels[0]
-                if len(sites) == 0:
-                    return
-                x = refiner_input(sites, self._native(images), *context)
-                features = self.refiner.features(x, pyramid)
+            refined = self.refining(seen)
+        if refined is None:
+            return None
         with clock("merge"):
-            if not self.head.merge(features, logits, sites, mask, confidence):
+            if not self.head.merge(refined.features, logits, refined.sites, mask, confidence):
                 raise FrameError(
                     f"the refiner of bundle {self.bundle.name!r} gave logits that are not finite; "
                     f"check its weights, or try precision fp32 (now {self.precision})"
                 )
-
-    def _native(self, images: Sequence[np.ndarray]) -> Tensor:  # [B, H, W, 3] uint8
-        return upload(images, self.device)
+        return refined.density
 
     def _autocast(self) -> Any:
         dtype = PRECISIONS[self.precision]
         return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype=dtype)
-
-
-def refiner_input(sites: SiteSet, native: Tensor, probabilities: Tensor | None = None) -> Tensor:
-    """[N, 3 or 3 + K]: colours at ``sites`` of ``native`` [B, H, W, 3] uint8, normalised, and context where given.
-
-    probabilities: [B, K, h, w] of the initial prediction.
-    """
-    pixels = normalise_pixels(native.view(-1, 3)[sites.flat])
-    return pixels if probabilities is None else torch.cat([pixels, gather_initial(probabilities, sites)], 1)
 
 
 class Tempered(nn.Module):
@@ -298,6 +288,15 @@ class Tempered(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, h, w] -> [B, K, h, w]
         logits: Tensor = self.network(images)
         return logits / self.temperature
+
+
+def coarse_and_fine(dense: nn.Module, images: Tensor) -> CoarseFine:
+    """What ``dense``, tempered or not, shows of normalised images [B, 3, h, w]."""
+    if isinstance(dense, Tempered):
+        maps = coarse_and_fine(dense.network, images)
+        return CoarseFine(maps.coarse / dense.temperature, maps.fine)
+    shown: CoarseFine = dense.coarse_and_fine(images)  # type: ignore[operator]
+    return shown
 
 
 def pick_device(name: str) -> torch.device:
