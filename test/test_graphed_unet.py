@@ -25,7 +25,8 @@ from sparserefine_ros.networks.selectors import upsample_nearest
 from sparserefine_ros.networks.unet import SparseUNet
 from sparserefine_ros.segmenter.bundle import Bundle
 from sparserefine_ros.segmenter.preprocess import normalise
-from sparserefine_ros.segmenter.segmenter import Segmenter, refiner_input
+from sparserefine_ros.segmenter.refining import Sparse, refiner_input
+from sparserefine_ros.segmenter.segmenter import Segmenter
 from sparserefine_ros.sparse import STRIDE_MODES, Pyramid, SiteSet
 from sparserefine_ros.sparse.backends import Backend
 from sparserefine_ros.sparse.backends.triton_backend import TritonBackend
@@ -249,15 +250,16 @@ def test_the_pipeline_gives_the_same_frames(tiny_bundle: Path, frame: np.ndarray
         Segmenter(Bundle.load(tiny_bundle), str(DEVICE), sparse_backend="triton", entropy_threshold=1.6)
         for _ in range(2)
     )
-    assert (plain.graphed is not None) == (DEVICE.type == "cuda")
-    plain.graphed = None
-    assert segmenter.refiner is not None and segmenter.refiner.fused is not None
-    segmenter.graphed = GraphedUNet(segmenter.refiner.fused, segmenter.refiner.stride, refiner_input)
+    usual, sparse = plain.refining, segmenter.refining
+    assert isinstance(usual, Sparse) and isinstance(sparse, Sparse) and sparse.network.fused is not None
+    assert (usual.graphed is not None) == (DEVICE.type == "cuda")
+    usual.graphed = None
+    sparse.graphed = GraphedUNet(sparse.network.fused, sparse.network.stride, refiner_input)
     for threshold, captured in ((1.6, False), (1.65, True), (math.log(11), True), (0.5, False)):
         plain.entropy_threshold = segmenter.entropy_threshold = threshold
         image = np.ascontiguousarray(frame[44:, 64:][:, ::-1] if captured else frame[:20, :32])
         (expected,), (result,) = plain.segment([image]), segmenter.segment([image])
-        assert (segmenter.graphed.frame is not None) == captured
+        assert (sparse.graphed.frame is not None) == captured
         assert result.density == expected.density and (result.density > 0.02) == (threshold < 2)
         close = 1 if DEVICE.type == "cuda" else 0
         assert (result.mask != expected.mask).mean() <= 0.001 * close

@@ -180,7 +180,7 @@ def test_jitter_is_monotone_and_seeded() -> None:
 def test_shipped_recipes_load(path: Path) -> None:
     recipe = Recipe.load(path)
     assert recipe.name == path.stem
-    assert recipe.dense.args == (recipe.native or recipe.dense).args
+    assert not recipe.native or (recipe.dense and recipe.dense.args == recipe.native.args)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,8 @@ def test_shipped_recipes_load(path: Path) -> None:
     [
         ("[1, 2", "cannot read"),
         ("- 1", "holds list"),
-        ("name: x", "no section 'dense'"),
+        ("{name: x, dataset: {kind: camvid}, scale: 0.5}", "no section 'dense'"),
+        ("{name: x, dataset: {}, scale: 0.5, bundle: b}", "takes bundle 'b' as it is; give a refiner"),
         ("dense: {network: a, speed: 3}\nrefiner: {network: b}", "unknown key 'speed'; known are network"),
         ("dense: {network: a}", "missing"),
         ("dense: {network: a, schedule: step}\nrefiner: {network: b}", "schedule 'step' is unknown; choose cosine"),

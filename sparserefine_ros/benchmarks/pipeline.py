@@ -28,7 +28,7 @@ from sparserefine_ros.networks.graphed_unet import GraphedUNet
 from sparserefine_ros.networks.selectors import upsample_nearest
 from sparserefine_ros.segmenter.dense import PRECISIONS, fold_batch_norm, ready
 from sparserefine_ros.segmenter.head import build_head
-from sparserefine_ros.segmenter.segmenter import refiner_input
+from sparserefine_ros.segmenter.refining import refiner_input
 from sparserefine_ros.sparse.backends import pick_backend
 
 WAYS = ("hr", "lr", "refined")

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 
 HELP = (
-    "measure: `bench bundle` HR dense, LR dense and LR + its refiner, `bench sparse` engines, `bench decoders`, "
-    "`bench pipeline` the paper's models, `bench runtimes` what runs a dense segmenter, `bench node` what the live "
-    "node adds, `bench budget` the latency budget"
+    "measure: `bench bundle` HR dense, LR dense and LR + its refiner, `bench peers` other refiners beside it, "
+    "`bench sparse` engines, `bench decoders`, `bench pipeline` the paper's models, `bench pruning` of tokens, "
+    "`bench runtimes` what runs a dense segmenter, `bench node` what the live node adds, `bench budget` the latency "
+    "budget"
 )
 CARD_MARK = "<!-- table: {} -->"
 
@@ -27,6 +28,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bundle.add_argument("--json", type=Path, help="also save the figures here")
     bundle.add_argument("--card", action="store_true", help="write the table into the bundle's model card")
     bundle.set_defaults(measure=run_bundle)
+    peers = kinds.add_parser("peers", help="SparseRefine, PointRend, patches and bilateral on the same logits")
+    peers.add_argument("model", help="bundle: a folder or a name under models/")
+    peers.add_argument("--data", type=Path, help="folder of the data set the bundle was trained on, where it needs one")
+    peers.add_argument("--frames", type=int, help="use only the first N validation frames")
+    peers.add_argument("--pointrend", metavar="BUNDLE", help="a trained PointRend over the model's dense segmenter")
+    peers.add_argument(
+        "--patches", nargs="*", type=int, default=[256, 512], metavar="SIZE", help="pixels (default: 256 512)"
+    )
+    peers.add_argument(
+        "--patch-densities", nargs="+", type=float, default=[0.0], metavar="SHARE",
+        help="a patch is refined if more than this share of it is selected (default: 0)",
+    )  # fmt: skip
+    peers.add_argument("--entropy-threshold", type=float, help="nats (default: the bundle's)")
+    peers.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
+    peers.add_argument("--precision", default="fp32", choices=("fp32", "fp16", "bf16"))
+    peers.add_argument("--json", type=Path, help="also save the figures here")
+    peers.set_defaults(measure=run_peers)
+    pruning = kinds.add_parser("pruning", help="token pruning of Mask2Former's Swin: work and time; random weights")
+    pruning.add_argument("--model", default="t", help="size of Mask2Former, t or l (default: t)")
+    pruning.add_argument(
+        "--keep", nargs=4, type=float, action="append", metavar="SHARE",
+        help="windows that each stage keeps; more than once for more rows (default: 0.8, 0.6 and 0.4 everywhere)",
+    )  # fmt: skip
+    pruning.add_argument("--size", default="1024x2048", metavar="HxW", help="frames (default: 1024x2048)")
+    pruning.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
+    pruning.add_argument("--repeats", type=int, default=5, help="timed rounds (default: 5)")
+    pruning.add_argument("--json", type=Path, help="also save the figures here")
+    pruning.set_defaults(measure=run_pruning)
     sparse = kinds.add_parser("sparse", help="the sparse U-Net on every engine and installed peer, in one run")
     sparse.add_argument(
         "--backends", nargs="+", metavar="NAME", help="ours first (default: triton on CUDA, what auto takes, torch)"
@@ -122,6 +151,52 @@ def run_bundle(args: argparse.Namespace) -> int:
         save_json(table, args.json)
     if args.card:
         write_card(bundle.path / "README.md", text)
+    return 0
+
+
+def run_peers(args: argparse.Namespace) -> int:
+    from sparserefine_ros.benchmarks.peers import markdown, measure
+    from sparserefine_ros.datasets.splits import load_split
+    from sparserefine_ros.errors import ParameterError
+    from sparserefine_ros.evaluation.compare import save_json
+    from sparserefine_ros.segmenter.bundle import Bundle
+
+    bundle = Bundle.load(args.model)
+    pointrend = Bundle.load(args.pointrend) if args.pointrend else None
+    _, samples = load_split(bundle.provenance.get("dataset", {}), "val", args.data)
+    try:
+        table = measure(
+            bundle, samples[: args.frames], pointrend, args.patches, args.patch_densities, args.device, args.precision,
+            args.entropy_threshold,
+        )  # fmt: skip
+    except ValueError as error:  # patches that cannot be
+        raise ParameterError(str(error)) from error
+    print(markdown(table))
+    if args.json:
+        save_json(table, args.json)
+    return 0
+
+
+def run_pruning(args: argparse.Namespace) -> int:
+    from sparserefine_ros.benchmarks.pruning import markdown, measure
+    from sparserefine_ros.errors import ParameterError
+    from sparserefine_ros.evaluation.compare import save_json
+    from sparserefine_ros.segmenter.segmenter import pick_device
+
+    if args.repeats < 1:
+        raise ParameterError(f"--repeats is {args.repeats}; give 1 or more")
+    try:
+        height, width = map(int, args.size.split("x"))
+    except ValueError as error:
+        raise ParameterError(f"--size {args.size}: give HxW") from error
+    keeps = args.keep or [[share] * 4 for share in (0.8, 0.6, 0.4)]
+    try:
+        result = measure(args.model, keeps, (height, width), pick_device(args.device), args.repeats)
+    except ValueError as error:  # a network without its package, shares out of range
+        raise ParameterError(str(error)) from error
+    print(markdown(result))
+    if args.json:
+        save_json(result, args.json)
     return 0
 
 

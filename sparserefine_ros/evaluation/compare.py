@@ -48,10 +48,18 @@ def compare(
     refined = refined_name(bundle)
     if bundle.refiner:
         segmenters[refined] = Segmenter(bundle, device, precision, threshold, refine=True)
+    return compare_segmenters(segmenters, samples)
+
+
+def compare_segmenters(segmenters: dict[str, Segmenter], samples: Sequence[Sample]) -> dict[str, Any]:
+    """As `compare`, for any ``segmenters`` by name, HR and LR among them; the others are LR with some refiner."""
     low = segmenters[LR]
+    bundle = low.bundle
     matrices = {name: ConfusionMatrix(bundle.classes) for name in segmenters}
     times: dict[str, list[float]] = {name: [] for name in segmenters}
-    densities, refiner_macs, wrong, found = [], [], 0, 0
+    densities: dict[str, list[float]] = {name: [] for name in segmenters}
+    refiner_macs: dict[str, list[float]] = {name: [] for name in segmenters}
+    wrong, found = 0, 0
     agreements: dict[str, list[float]] = {name: [] for name in segmenters}
     for index, sample in enumerate(track(samples, description=f"comparing on {len(samples)} frames")):
         masks: dict[str, np.ndarray] = {}
@@ -59,7 +67,7 @@ def compare(
             if segmenter.refiner is not None and index < WARM_UP:
                 with counting_refiner_macs(segmenter.refiner) as counts:
                     result = segmenter.segment([sample.image])[0]
-                refiner_macs.append(sum(counts) / max(result.density, 1e-9))
+                refiner_macs[name].append(sum(counts) / max(result.density, 1e-9))
             else:
                 result = segmenter.segment([sample.image])[0]
             masks[name] = result.mask
@@ -73,11 +81,12 @@ def compare(
                     wrong += int(missed.sum())
                     found += int((missed & (result.entropy > low.entropy_threshold)).sum())
             if segmenter.refiner is not None:
-                densities.append(result.density)
+                densities[name].append(result.density)
     size = samples[0].image.shape[:2]
     macs: dict[str, float] = {HR: _dense_macs(segmenters[HR], size), LR: _dense_macs(low, size)}
-    if densities:  # the refiner's work grows with its sites
-        macs[refined] = macs[LR] + statistics.fmean(refiner_macs) * statistics.fmean(densities)
+    for name in segmenters:
+        if densities[name]:  # a refiner's work grows with the pixels it works on
+            macs[name] = macs[LR] + statistics.fmean(refiner_macs[name]) * statistics.fmean(densities[name])
     rows: dict[str, dict[str, Any]] = {
         name: {
             "miou": matrices[name].miou(), "iou": matrices[name].iou(), "macs_g": macs[name] / 1e9,
@@ -86,8 +95,11 @@ def compare(
         }
         for name in segmenters
     }  # fmt: skip
-    if densities:
-        rows[refined].update(density=statistics.fmean(densities), recall=found / max(wrong, 1))
+    for name in segmenters:
+        if densities[name]:
+            rows[name]["density"] = statistics.fmean(densities[name])
+    if (refined := refined_name(bundle)) in rows:
+        rows[refined]["recall"] = found / max(wrong, 1)
     ratios = {
         name: {"macs": macs[name] / macs[HR], "time": _median_ratio(times[name], times[HR])}
         for name in segmenters
@@ -95,7 +107,7 @@ def compare(
     }
     return {
         "bundle": bundle.name, "frames": len(samples), "size": list(size), "threshold": low.entropy_threshold,
-        "device": str(low.device), "threads": torch.get_num_threads(), "precision": precision,
+        "device": str(low.device), "threads": torch.get_num_threads(), "precision": low.precision,
         "machine": platform.processor() or platform.machine(), "torch": str(torch.__version__),
         "rows": rows, "ratios": ratios,
     }  # fmt: skip

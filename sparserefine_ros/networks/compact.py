@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from sparserefine_ros.networks.exporting import adaptive_average, exporting
 from sparserefine_ros.networks.offset import OffsetClassifier
+from sparserefine_ros.networks.points import CoarseFine
 
 
 class ConvBnRelu(nn.Sequential):
@@ -125,11 +126,18 @@ class CompactSegmenter(CompactEncoder):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] to logits [B, K, H, W]."""
+        return _upsample(self.coarse_and_fine(images).coarse, images)
+
+    def coarse_and_fine(self, images: Tensor) -> CoarseFine:
+        """Logits [B, K, H/2, W/2], and what the encoder first and the decoder last know at their resolution.
+
+        The fine features have 2 x C channels together, C the first of the widths.
+        """
         x2, x4, x8, x16 = self.encode(images)
         y = self.fuse8(self.lateral8(x8) + _upsample(self.lateral16(x16), x8))
         y = self.fuse4(self.lateral4(x4) + _upsample(y, x4))
         y = self.mix2(self.lateral2(x2) + _upsample(self.fuse2(y), x2))
-        return _upsample(self.classifier(y), images)
+        return CoarseFine(self.classifier(y), (x2, y))
 
 
 def _upsample(x: Tensor, like: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparserefine_ros.networks.compact import BasicBlock, ConvBnRelu
+from sparserefine_ros.networks.points import CoarseFine
 
 WIDTHS = (18, 32, 40, 48)
 """Widths of the finest branch that the paper names: HRNet-W18 to HRNet-W48."""
@@ -110,11 +111,15 @@ class HRNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] to logits [B, K, H, W]."""
+        return _resize(self.coarse_and_fine(images).coarse, images)
+
+    def coarse_and_fine(self, images: Tensor) -> CoarseFine:
+        """Logits [B, K, H/4, W/4], and the features of that resolution before they meet the others, C channels."""
         xs = [self.layer1(self.stem(images))]
         for transition, stage in zip(self.transitions, self.stages, strict=True):
             xs = stage(transition(xs))
         y = self.head(torch.cat([_resize(x, xs[0]) for x in xs], 1))  # [B, 15 C, H/4, W/4]
-        return _resize(self.classifier(y), images)
+        return CoarseFine(self.classifier(y), (xs[0],))
 
 
 def _path(widths: Sequence[int], source: int, target: int) -> nn.Module:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparserefine_ros.networks.bilateral import BilateralRefiner
+from sparserefine_ros.networks.patches import PatchRefiner
 from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.registry import Refiner
 from sparserefine_ros.sparse import StridedConv2d, SubmanifoldConv2d, TransposedConv2d
@@ -55,9 +56,14 @@ def counting_refiner_macs(refiner: Refiner) -> Iterator[list[int]]:
     def bilateral(module: BilateralRefiner, _inputs: tuple[Any, ...], output: Tensor) -> None:
         counts.append(len(module.taps) * output.numel())
 
-    hooks = []
+    def patches(module: PatchRefiner, inputs: tuple[Any, ...], _output: Any) -> None:
+        counts.append(dense_macs(lambda: module.forward(*inputs)))  # again: the dense segmenter is no part of it
+
+    hooks: list[Any] = []
     if isinstance(refiner, BilateralRefiner):
         hooks.append(refiner.register_forward_hook(bilateral))
+    elif isinstance(refiner, PatchRefiner):
+        hooks.append(refiner.register_forward_hook(patches))
     for module in refiner.modules():
         if isinstance(module, SubmanifoldConv2d | StridedConv2d | TransposedConv2d):
             hooks.append(module.register_forward_hook(sparse))

@@ -9,12 +9,14 @@ Shape shorthand: B images, K classes, Q queries, H, W input height and width, h,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sparserefine_ros.networks.token_pruning import prune_windows
 
 SIZES: dict[str, dict[str, Any]] = {
     "t": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": 7},
@@ -48,12 +50,19 @@ class Mask2Former(nn.Module):
         num_classes: K.
         size: t or l.
         config: transformers' configuration of another Mask2Former, as its config.json has it, in place of ``size``.
+        keep: shares of the windows that each stage of Swin computes; None all. See `token_pruning`.
 
     Raises:
-        ValueError: another size, or the package transformers is missing or too old.
+        ValueError: another size, shares that do not fit, or the package transformers is missing or too old.
     """
 
-    def __init__(self, num_classes: int, size: str = "t", config: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        size: str = "t",
+        config: Mapping[str, Any] | None = None,
+        keep: Sequence[float] | None = None,
+    ) -> None:
         super().__init__()
         if config is None and size not in SIZES:
             raise ValueError(f"unknown Mask2Former size {size!r}; known are {', '.join(SIZES)}")
@@ -76,6 +85,8 @@ class Mask2Former(nn.Module):
                 "pip install -U transformers"
             )
         backbone.swin.layernorm = nn.Identity()  # of what nobody reads; the hub's checkpoints lack it
+        if keep is not None:
+            prune_windows(backbone, keep)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] to logits [B, K, H, W]."""

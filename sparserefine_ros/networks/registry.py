@@ -15,13 +15,15 @@ from sparserefine_ros.networks.compact import CompactSegmenter
 from sparserefine_ros.networks.hrnet import HRNet
 from sparserefine_ros.networks.mask2former import Mask2Former
 from sparserefine_ros.networks.offseg import OffSeg
+from sparserefine_ros.networks.patches import PatchRefiner
+from sparserefine_ros.networks.pointrend import PointRend
 from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.segformer import SegFormer
 from sparserefine_ros.networks.segformer_hub import HubSegFormer
 from sparserefine_ros.networks.segnext import SegNeXt
 from sparserefine_ros.networks.superpixel import SuperpixelTransformer
 
-Refiner: TypeAlias = SparseRefiner | BilateralRefiner
+Refiner: TypeAlias = SparseRefiner | BilateralRefiner | PointRend | PatchRefiner
 
 DENSE: dict[str, Callable[..., nn.Module]] = {
     "compact": CompactSegmenter,
@@ -33,7 +35,12 @@ DENSE: dict[str, Callable[..., nn.Module]] = {
     "segnext": SegNeXt,
     "superpixel": SuperpixelTransformer,
 }
-REFINERS: dict[str, Callable[..., Refiner]] = {"sparserefine": SparseRefiner, "bilateral": BilateralRefiner}
+REFINERS: dict[str, Callable[..., Refiner]] = {
+    "sparserefine": SparseRefiner,
+    "bilateral": BilateralRefiner,
+    "patches": PatchRefiner,
+    "pointrend": PointRend,
+}
 
 
 def build(table: Mapping[str, Callable[..., Any]], name: str, num_classes: int, args: Mapping[str, Any]) -> Any:

@@ -16,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sparserefine_ros import __version__
 from sparserefine_ros.errors import BundleError, ParameterError
+from sparserefine_ros.networks.points import CoarseFine
 from sparserefine_ros.networks.registry import DENSE, build
 from sparserefine_ros.networks.superpixel import SuperpixelTransformer
 from sparserefine_ros.segmenter.bundle import ONNX, Bundle, NetworkSpec, build_network
@@ -164,9 +165,13 @@ class Autocast(nn.Module):
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
                 module.to(dtype)
 
-    def forward(self, images: Tensor) -> Tensor:  # [B, 3, h, w] -> [B, K, h, w]
+    def context(self, device: torch.device) -> torch.autocast:
+        """What the network computes under."""
         # Nothing is left to be cached, and a CUDA graph must not contain what belongs to a cache.
-        with torch.autocast(images.device.type, dtype=self.dtype, cache_enabled=False):
+        return torch.autocast(device.type, dtype=self.dtype, cache_enabled=False)
+
+    def forward(self, images: Tensor) -> Tensor:  # [B, 3, h, w] -> [B, K, h, w]
+        with self.context(images.device):
             logits: Tensor = self.network(images)
         return logits
 
@@ -187,6 +192,25 @@ class Tempered(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, h, w] -> [B, K, h, w]
         logits: Tensor = self.network(images)
         return logits / self.temperature
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The network of the registry that ``module``, of `load_dense` in torch, runs."""
+    while isinstance(module, Tempered | Autocast):
+        module = module.network
+    return module
+
+
+def coarse_and_fine(module: nn.Module, images: Tensor) -> CoarseFine:
+    """What ``module``, of `load_dense` in torch, shows of normalised images [B, 3, h, w]."""
+    if isinstance(module, Autocast):
+        with module.context(images.device):
+            return coarse_and_fine(module.network, images)
+    if isinstance(module, Tempered):
+        maps = coarse_and_fine(module.network, images)
+        return CoarseFine(maps.coarse / module.temperature, maps.fine)
+    shown: CoarseFine = module.coarse_and_fine(images)  # type: ignore[operator]
+    return shown
 
 
 def fold_batch_norm(module: nn.Module) -> nn.Module:

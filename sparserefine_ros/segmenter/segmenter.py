@@ -19,29 +19,27 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparserefine_ros.errors import BundleError, FrameError, ParameterError
-from sparserefine_ros.networks.bilateral import BilateralRefiner
 from sparserefine_ros.networks.graphed import Graphed
-from sparserefine_ros.networks.graphed_unet import GraphedUNet
-from sparserefine_ros.networks.refiner import SparseRefiner
-from sparserefine_ros.networks.registry import REFINERS, Refiner
+from sparserefine_ros.networks.points import CoarseFine
+from sparserefine_ros.networks.registry import DENSE, REFINERS, Refiner
 from sparserefine_ros.networks.selectors import upsample_nearest
 from sparserefine_ros.segmenter.bundle import ONNX, Bundle, NetworkSpec
-from sparserefine_ros.segmenter.dense import PRECISIONS, Compiled, load_dense, load_registered
-from sparserefine_ros.segmenter.head import Initial, build_head, gather_initial
-from sparserefine_ros.segmenter.onnx_dense import OnnxDense
-from sparserefine_ros.segmenter.preprocess import (
-    low_resolution_size,
-    normalise,
-    normalise_pixels,
-    resize,
-    shrink,
-    to_host,
-    upload,
+from sparserefine_ros.segmenter.dense import (
+    PRECISIONS,
+    Compiled,
+    coarse_and_fine,
+    load_dense,
+    load_registered,
+    unwrapped,
 )
+from sparserefine_ros.segmenter.head import build_head
+from sparserefine_ros.segmenter.onnx_dense import OnnxDense
+from sparserefine_ros.segmenter.preprocess import low_resolution_size, normalise, resize, shrink, to_host, upload
+from sparserefine_ros.segmenter.refining import KINDS, Refining, Seen
 from sparserefine_ros.segmenter.stage_clock import StageClock
-from sparserefine_ros.sparse import SiteSet
 from sparserefine_ros.sparse.backends import pick_backend
 
 ENTROPY_SAMPLE = 1 << 15
@@ -127,15 +125,17 @@ class Segmenter:
         backend = pick_backend(sparse_backend, self.device, PRECISIONS[precision])
         self.sparse_backend = backend.name
         self.refiner: Refiner | None = None
-        self.graphed: GraphedUNet | None = None
+        self.refining: Refining | None = None
         if self.refines and bundle.refiner is not None:
-            self.refiner = refiner = load_registered(bundle, bundle.refiner, REFINERS).to(self.device)
-            if isinstance(refiner, SparseRefiner):
-                refiner.fuse(backend, PRECISIONS[precision])
-            if isinstance(refiner, SparseRefiner) and backend.name == "triton" and self.device.type == "cuda":
-                assert refiner.fused is not None
-                # One launch a frame. Not yet run on a GPU, as the backend itself, which "auto" therefore leaves alone.
-                self.graphed = GraphedUNet(refiner.fused, refiner.stride, refiner_input)
+            self.refiner = load_registered(bundle, bundle.refiner, REFINERS).to(self.device)
+            kind = KINDS[bundle.refiner.network]
+            if kind.needs_maps:
+                self._check_maps(bundle.refiner.network)
+            native: Any = None
+            if kind.needs_native:
+                tuned = bundle.native if spec is bundle.dense else None
+                native = load_dense(bundle, tuned, self.device, precision).module if tuned else self.dense
+            self.refining = kind(self.refiner, backend, PRECISIONS[precision], native)
         self.head = build_head(self.refiner, self.device)
         captured = self.runtime == "torch_graph"  # for who asks: not yet run on a GPU
         self.shrunk_and_seen = Graphed(self._shrink_and_see) if captured else self._shrink_and_see
@@ -151,6 +151,17 @@ class Segmenter:
                 f"scale {scale}; export it anew with dynamic height and width"
             )
         return height, width
+
+    def _check_maps(self, refiner: str) -> None:
+        """Raises where the dense segmenter does not show the refiner what it reads."""
+        if self.runtime != "torch":
+            raise ParameterError(f"refiner {refiner!r} reads features of the dense segmenter; set runtime to torch")
+        if not hasattr(unwrapped(self.dense), "coarse_and_fine"):
+            shown = [name for name, kind in DENSE.items() if hasattr(kind, "coarse_and_fine")]
+            raise BundleError(
+                f"refiner {refiner!r} reads features that network {self.bundle.dense.network!r} does not show; "
+                f"networks that do: {', '.join(shown)}"
+            )
 
     def low_size(self, size: tuple[int, ...]) -> tuple[int, int]:
         """(h, w) at which the dense segmenter sees a frame of ``size`` (H, W)."""
@@ -229,8 +240,14 @@ class Segmenter:
             # A GPU shrinks what the refiner needs there anyway; on a CPU OpenCV is faster.
             native = upload(images, self.device) if on_gpu or refine else None
             low = None if on_gpu else upload([resize(image, self.low_size(size)) for image in images], self.device)
+        maps: CoarseFine | None = None
         with clock("dense"):
-            if low is None:
+            if refine and self.refining is not None and self.refining.needs_maps:
+                assert native is not None
+                low = shrink(native, self.low_size(size)) if low is None else low
+                maps = coarse_and_fine(self.dense, normalise(low))
+                logits = F.interpolate(maps.coarse, low.shape[1:3], mode="bilinear", align_corners=False)
+            elif low is None:
                 assert native is not None
                 low, logits = self.shrunk_and_seen(native)
             else:
@@ -245,7 +262,10 @@ class Segmenter:
             with clock("select"):
                 selected = upsample_nearest(initial.entropy > threshold, size)  # bool [B, H, W]
                 density = selected.flatten(1).float().mean(1)
-            finite = torch.as_tensor(self._refine(native, low, logits, initial, selected, mask, confidence, clock))
+            seen = Seen(selected, native, low, initial.probabilities, maps)
+            refined, worked_on = self._refine(seen, logits, mask, confidence, clock)
+            finite = torch.as_tensor(refined)
+            density = density if worked_on is None else torch.tensor(worked_on)
         # Nothing above asks the device for a value, but for the number of selected pixels and what `choose` looks at.
         masks, confidences, entropies, densities, *whole = to_host(
             mask, confidence, initial.entropy, density, torch.as_tensor(initial.finite), finite
@@ -277,51 +297,24 @@ class Segmenter:
         return low, self.dense(normalise(low))
 
     def _refine(
-        self,
-        native: Tensor,
-        low: Tensor,
-        logits: Tensor,
-        initial: Initial,
-        selected: Tensor,
-        mask: Tensor,
-        confidence: Tensor,
-        clock: Any,
-    ) -> Tensor | bool:
-        """Writes the final prediction of the selected pixels into ``mask`` and ``confidence`` [B, H, W].
+        self, seen: Seen, logits: Tensor, mask: Tensor, confidence: Tensor, clock: StageClock
+    ) -> tuple[Tensor | bool, list[float] | None]:
+        """Writes the final prediction of the refined pixels into ``mask`` and ``confidence`` [B, H, W].
 
-        native: [B, H, W, 3] uint8; low: [B, h, w, 3], the images as the dense segmenter saw them. False where the
-        result is not finite, as `Initial.finite`.
+        Returns whether the result is finite, as `Initial.finite`, and the share of each image that was refined, where that is
+        not the selection.
         """
-        assert self.refiner is not None
+        assert self.refining is not None
         with clock("refine"), self._autocast():
-            context = () if initial.probabilities is None else (initial.probabilities,)
-            if self.graphed is not None:
-                sites, features = self.graphed(selected, native, *context)  # [N, C]
-            elif isinstance(self.refiner, BilateralRefiner):
-                sites = SiteSet.from_mask(selected)
-                features = self.refiner(sites, native, low, *context)
-            else:
-                pyramid = self.refiner.pyramid(selected)
-                sites = pyramid.levels[0]
-                if len(sites) == 0:
-                    return True
-                x = refiner_input(sites, native, *context)
-                features = self.refiner.features(x, pyramid)
+            refined = self.refining(seen)
+        if refined is None:
+            return True, None
         with clock("merge"):
-            return self.head.merge(features, logits, sites, mask, confidence)
+            return self.head.merge(refined.features, logits, refined.sites, mask, confidence), refined.density
 
     def _autocast(self) -> Any:
         dtype = PRECISIONS[self.precision]
         return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype=dtype)
-
-
-def refiner_input(sites: SiteSet, native: Tensor, probabilities: Tensor | None = None) -> Tensor:
-    """[N, 3 or 3 + K]: colours at ``sites`` of ``native`` [B, H, W, 3] uint8, normalised, and context where given.
-
-    probabilities: [B, K, h, w] of the initial prediction.
-    """
-    pixels = normalise_pixels(native.view(-1, 3)[sites.flat])
-    return pixels if probabilities is None else torch.cat([pixels, gather_initial(probabilities, sites)], 1)
 
 
 def pick_device(name: str) -> torch.device:

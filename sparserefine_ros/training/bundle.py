@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import platform
+import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from sparserefine_ros import __version__
+from sparserefine_ros.datasets.base import Sample
 from sparserefine_ros.datasets.splits import load_split
+from sparserefine_ros.errors import TrainingError
 from sparserefine_ros.evaluation.calibration import calibrate_bundle
 from sparserefine_ros.networks.registry import DENSE, REFINERS, build
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
@@ -18,8 +22,12 @@ from sparserefine_ros.segmenter.segmenter import Segmenter
 from sparserefine_ros.training.curves import draw_curves
 from sparserefine_ros.training.dense import DenseTask
 from sparserefine_ros.training.loop import train
+from sparserefine_ros.training.pointrend import PointRendTask
 from sparserefine_ros.training.recipe import Recipe, StageRecipe
 from sparserefine_ros.training.refiner import RefinerTask
+
+TASKS: dict[str, type[RefinerTask]] = {"sparserefine": RefinerTask, "pointrend": PointRendTask}
+"""How each refiner that has something to learn is trained."""
 
 
 def train_bundle(recipe: Recipe, data: Path | None, runs: Path, folder: Path, device: torch.device) -> Bundle:
@@ -28,8 +36,63 @@ def train_bundle(recipe: Recipe, data: Path | None, runs: Path, folder: Path, de
     ``runs`` keeps checkpoints, logs and curves; a second call goes on from there. As in the paper the dense segmenter
     is trained first and stays frozen; its density-recall curve gives the threshold that the refiner is trained at.
     """
+    if recipe.refiner and recipe.refiner.network not in TASKS:
+        raise TrainingError(
+            f"recipe {recipe.name!r}: there is no training for refiner {recipe.refiner.network!r}; "
+            f"choose one of {', '.join(TASKS)}"
+        )
+    classes, val_frames = load_split(recipe.dataset, "val", data)
+    bundle = _take(recipe, folder) if recipe.bundle else _train_dense(recipe, data, val_frames, runs, folder, device)
+    if recipe.refiner:
+        _, refiner_frames = load_split(recipe.dataset, "refiner", data)
+        torch.manual_seed(recipe.seed)
+        refiner = build(REFINERS, recipe.refiner.network, len(classes), recipe.refiner.args)
+        task = TASKS[recipe.refiner.network](
+            refiner, Segmenter(bundle, str(device)).dense, classes, refiner_frames, val_frames, recipe.refiner,
+            recipe.scale, bundle.entropy_threshold, device,
+        )  # fmt: skip
+        refiner = train(task, recipe.refiner, runs, "refiner", recipe.seed, device)
+        spec = save_network(folder, refiner, recipe.refiner.network, recipe.refiner.args, "refiner.safetensors")
+        bundle = replace(
+            bundle, refiner=spec, provenance={**bundle.provenance, "refiner": stage_summary(recipe.refiner)}
+        )
+        bundle.save()
+    for name in (name for name in ("dense", "low", "native", "refiner") if getattr(recipe, name)):
+        draw_curves(runs / f"{name}.jsonl", folder / f"{name}_training.png")
+    return bundle
+
+
+def copy_dense(bundle: Bundle, folder: Path) -> Bundle:
+    """``bundle`` without its refiner in ``folder``, with copies of its dense weights; ``model.yaml`` is not written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for spec in (bundle.dense, bundle.native):
+        if spec:
+            shutil.copyfile(bundle.path / spec.weights, folder / spec.weights)
+    kept = {key: value for key, value in bundle.provenance.items() if key != "refiner"}
+    return replace(bundle, path=folder, name=folder.name, refiner=None, provenance=kept)
+
+
+def _take(recipe: Recipe, folder: Path) -> Bundle:
+    """The dense networks and the threshold of the bundle that ``recipe`` names, as a bundle in ``folder``."""
+    assert recipe.bundle
+    source = Bundle.load(recipe.bundle)
+    if source.scale != recipe.scale:
+        raise TrainingError(
+            f"recipe {recipe.name!r} has scale {recipe.scale:g}, but bundle {recipe.bundle!r}, whose threshold it "
+            f"takes, has {source.scale:g}; write that"
+        )
+    if source.path.resolve() == folder.resolve():
+        raise TrainingError(f"the new bundle would replace the one it comes from, {folder}; give another name")
+    bundle = copy_dense(source, folder)
+    return replace(bundle, provenance={**bundle.provenance, "bundle": recipe.bundle})
+
+
+def _train_dense(
+    recipe: Recipe, data: Path | None, val_frames: Sequence[Sample], runs: Path, folder: Path, device: torch.device
+) -> Bundle:
+    """A bundle in ``folder``: dense segmenter, threshold and, where the recipe has one, the HR baseline."""
+    assert recipe.dense
     classes, train_frames = load_split(recipe.dataset, "train", data)
-    _, val_frames = load_split(recipe.dataset, "val", data)
     height, width = train_frames[0].image.shape[:2]
 
     torch.manual_seed(recipe.seed)
@@ -58,23 +121,6 @@ def train_bundle(recipe: Recipe, data: Path | None, runs: Path, folder: Path, de
         spec = save_network(folder, native, recipe.native.network, recipe.native.args, "native.safetensors")
         bundle = replace(bundle, native=spec, provenance={**bundle.provenance, "native": stage_summary(recipe.native)})
         bundle.save()
-
-    if recipe.refiner:
-        _, refiner_frames = load_split(recipe.dataset, "refiner", data)
-        torch.manual_seed(recipe.seed)
-        refiner = build(REFINERS, recipe.refiner.network, len(classes), recipe.refiner.args)
-        task = RefinerTask(
-            refiner, Segmenter(bundle, str(device)).dense, classes, refiner_frames, val_frames, recipe.refiner,
-            recipe.scale, bundle.entropy_threshold, device,
-        )  # fmt: skip
-        refiner = train(task, recipe.refiner, runs, "refiner", recipe.seed, device)
-        spec = save_network(folder, refiner, recipe.refiner.network, recipe.refiner.args, "refiner.safetensors")
-        bundle = replace(
-            bundle, refiner=spec, provenance={**bundle.provenance, "refiner": stage_summary(recipe.refiner)}
-        )
-        bundle.save()
-    for name in (name for name in ("dense", "low", "native", "refiner") if getattr(recipe, name)):
-        draw_curves(runs / f"{name}.jsonl", folder / f"{name}_training.png")
     return bundle
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +34,7 @@ from sparserefine_ros.networks.bilateral import BilateralRefiner
 from sparserefine_ros.networks.registry import REFINERS, build
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
 from sparserefine_ros.segmenter.segmenter import Segmenter
-from sparserefine_ros.training.bundle import stage_summary
+from sparserefine_ros.training.bundle import copy_dense, stage_summary
 from sparserefine_ros.training.curves import draw_curves
 from sparserefine_ros.training.frames import split_blocks
 from sparserefine_ros.training.loop import train
@@ -110,7 +109,7 @@ def distill(
 
     taught = teach(bundle, frames, device)
     train_frames, held_frames = [taught[i] for i in train_at], [taught[i] for i in held_at]
-    bundle = _copy(bundle, folder)
+    bundle = copy_dense(bundle, folder)
     bundle, curve = _calibrate(bundle, train_frames, recall, device)
 
     facts: dict[str, Any] = {
@@ -126,8 +125,7 @@ def distill(
         facts |= {"seed": seed, "refiner": stage_summary(recipe)}
         spec = save_network(folder, refiner, recipe.network, recipe.args, "refiner.safetensors")
         draw_curves(runs / "refiner.jsonl", folder / "refiner_training.png")
-    kept = {key: value for key, value in bundle.provenance.items() if key != "refiner"}
-    bundle = replace(bundle, refiner=spec, provenance={**kept, "distilled": facts})
+    bundle = replace(bundle, refiner=spec, provenance={**bundle.provenance, "distilled": facts})
     bundle.save()
     draw(curve, bundle.entropy_threshold, f"{bundle.name}: where LR and HR disagree", folder / "density_recall.png")
     return bundle, [frames[i] for i in held_at]
@@ -203,15 +201,6 @@ def _calibrate(
     figures = {name: round(value, 4) for name, value in curve.at(threshold).items()}
     calibration = {"target_recall": recall, "threshold": threshold, "labels": "full-resolution prediction", **figures}
     return replace(bundle, entropy_threshold=threshold, calibration=calibration), curve
-
-
-def _copy(bundle: Bundle, folder: Path) -> Bundle:
-    """``bundle`` in ``folder``, with copies of its dense weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for spec in (bundle.dense, bundle.native):
-        if spec:
-            shutil.copyfile(bundle.path / spec.weights, folder / spec.weights)
-    return replace(bundle, path=folder, name=folder.name)
 
 
 def _claim(runs: Path, bundle: Bundle, frames: Sequence[Sample], recall: float, seed: int) -> None:

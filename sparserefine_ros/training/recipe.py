@@ -39,17 +39,27 @@ class StageRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One bundle: its data, its dense segmenter and, where it has one, its refiner."""
+    """One bundle: its data, its dense segmenter and, where it has one, its refiner.
+
+    The dense segmenter is trained (``dense``, and on with ``low`` and ``native``) or taken from another bundle.
+    """
 
     name: str
     dataset: dict[str, Any]  # kind: camvid | street, and that reader's arguments
     scale: float  # low resolution over native resolution
-    dense: StageRecipe
+    dense: StageRecipe | None = None
+    bundle: str | None = None  # a bundle whose dense segmenter, threshold and HR baseline this one has
     refiner: StageRecipe | None = None
     low: StageRecipe | None = None  # the dense network tuned further at low resolution
     native: StageRecipe | None = None  # the dense network tuned further at native resolution: the HR baseline
     recall: float = 0.8  # the share of wrong pixels that the entropy threshold is calibrated for (appendix A1)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.dense is None) == (self.bundle is None):
+            raise TrainingError("recipe has no section 'dense' and no 'bundle', or both; give one, see config/train")
+        if self.bundle and (self.low or self.native or not self.refiner):
+            raise TrainingError(f"recipe takes bundle {self.bundle!r} as it is; give a refiner, no low, no native")
 
     @staticmethod
     def load(path: str | Path) -> Recipe:
@@ -60,8 +70,7 @@ class Recipe:
             raise TrainingError(f"cannot read recipe {path}: {error}") from error
         if not isinstance(data, dict):
             raise TrainingError(f"recipe {path} holds {type(data).__name__}; expected a mapping, see config/train")
-        stages = {"dense": _stage(path, "dense", data.get("dense"))}
-        stages |= {key: _stage(path, key, data[key]) for key in ("low", "native", "refiner") if key in data}
+        stages = {key: _stage(path, key, data[key]) for key in ("dense", "low", "native", "refiner") if key in data}
         return _fill(Recipe, path, {**data, **stages})
 
 
@@ -81,5 +90,5 @@ def _fill(cls: Any, where: object, data: dict[str, Any]) -> Any:
         raise TrainingError(f"recipe {where} has unknown key {unknown[0]!r}; known are {', '.join(known)}")
     try:
         return cls(**data)
-    except TypeError as error:
+    except (TypeError, TrainingError) as error:
         raise TrainingError(f"recipe {where}: {error}") from error

@@ -30,7 +30,7 @@ class RefinerTask:
 
     def __init__(
         self,
-        module: SparseRefiner,
+        module: nn.Module,
         dense: nn.Module,
         classes: ClassList,
         train: Sequence[Sample],
@@ -40,7 +40,7 @@ class RefinerTask:
         threshold: float,
         device: torch.device,
     ) -> None:
-        self.module: nn.Module = module
+        self.module = module
         self.dense = dense.to(device).eval().requires_grad_(False)
         self.classes, self.train, self.val, self.recipe, self.scale = classes, train, val, recipe, scale
         self.samples = len(train)
@@ -87,7 +87,7 @@ class RefinerTask:
 
     @torch.inference_mode()
     def validate(self, module: nn.Module) -> dict[str, float]:
-        """mIoU before refinement, of the sparse branch alone and after the ensembler, and the mean density."""
+        """mIoU before refinement and after; the sparse branch's alone, where there is one; and the mean density."""
         matrices, density = self.measure(module)
         return {**{name: matrix.miou() for name, matrix in matrices.items()}, "density": density}
 
