@@ -301,8 +301,8 @@ class Segmenter:
     ) -> tuple[Tensor | bool, list[float] | None]:
         """Writes the final prediction of the refined pixels into ``mask`` and ``confidence`` [B, H, W].
 
-        Returns whether the result is finite, as `Initial.finite`, and the share of each image that was refined, where that is
-        not the selection.
+        Returns whether the result is finite, as `Initial.finite`, and the share of each image that was refined, where
+        that is not the selection.
         """
         assert self.refining is not None
         with clock("refine"), self._autocast():
