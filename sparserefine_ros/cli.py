@@ -22,6 +22,7 @@ COMMANDS = {
     "import": "import_",
     "export": "export",
     "bench": "bench",
+    "study": "study",
 }
 """Sub-command to module; a module holds HELP, add_arguments(parser) and run(args) -> exit status."""
 

@@ -74,7 +74,7 @@ def compare(
             if segmenter.refiner is not None:
                 densities.append(result.density)
     size = samples[0].image.shape[:2]
-    macs: dict[str, float] = {HR: _dense_macs(segmenters[HR], size), LR: _dense_macs(low, size)}
+    macs: dict[str, float] = {HR: dense_macs_of(segmenters[HR], size), LR: dense_macs_of(low, size)}
     if densities:  # the refiner's work grows with its sites
         macs[REFINED] = macs[LR] + statistics.fmean(refiner_macs) * statistics.fmean(densities)
     rows: dict[str, dict[str, Any]] = {
@@ -141,7 +141,8 @@ def _null_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _dense_macs(segmenter: Segmenter, size: Sequence[int]) -> int:
+def dense_macs_of(segmenter: Segmenter, size: Sequence[int]) -> int:
+    """Multiply-adds of the dense segmenter on a frame of ``size`` (H, W)."""
     low = low_resolution_size(tuple(size), segmenter.scale)
     image = torch.zeros(1, 3, *low, device=segmenter.device)
     with torch.no_grad():
