@@ -11,7 +11,7 @@ STUDIES = {
     "threshold": "the entropy threshold (5b)",
     "classes": "gain by class (8)",
     "objects": "gain by object size",
-    "inputs": "what the refiner reads (5c); trains four refiners",
+    "inputs": "what the refiner reads (5c); trains three refiners",
     "channels": "how wide it is, and PointNet (5d); trains four",
     "ensemblers": "how both predictions become one (5e); trains five",
 }
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, metavar="N", help="validate on N frames, evenly spaced (default: all)")
     parser.add_argument("--epochs", type=int, default=4, help="of each training, over the training frames (default: 4)")
     parser.add_argument(
-        "--out", type=Path, default=Path("docs/studies"), help="folder for NAME.md, .json, .png (default: docs/studies)"
+        "--out", type=Path, help="folder for NAME.md, NAME.json and NAME.png (default: docs/studies/BUNDLE)"
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="trainings, gone on with (default: runs)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
@@ -62,10 +62,11 @@ def run(args: argparse.Namespace) -> int:
     bundle, device = Bundle.load(args.model), pick_device(args.device)
     _, val = load_split(bundle.provenance.get("dataset", {}), "val", args.data)
     val = [val[i] for i in evenly_spaced(len(val), args.frames or len(val))]
+    out = args.out or Path("docs/studies") / bundle.name
     for name in STUDIES if args.name == "all" else [args.name]:
         module = importlib.import_module(f"sparserefine_ros.studies.{name}")
         setting = Setting(bundle, val, args.data, args.runs, device, args.epochs, command(name, args))
-        file = write(module.study(setting), setting, args.out)
+        file = write(module.study(setting), setting, out)
         print(file.read_text())
         print(f"wrote {file}")
     return 0

@@ -10,13 +10,11 @@ from sparserefine_ros.studies.variants import Variant
 
 
 def variants(base: dict[str, Any]) -> list[Variant]:
-    """Colours alone, and with the initial softmax (``context``), the dense segmenter's features, both."""
-    logits = {**base, "context": True}
+    """Colours alone, with the initial softmax (``context``), with the dense segmenter's features."""
     return [
         Variant("RGB", base),
-        Variant("RGB, logits", logits),
+        Variant("RGB, logits", {**base, "context": True}),
         Variant("RGB, features", base, features=True),
-        Variant("RGB, logits, features", logits, features=True),
     ]
 
 
