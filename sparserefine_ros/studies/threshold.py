@@ -103,7 +103,10 @@ def _draw(figure: Any, rows: list[dict[str, Any]], own: float) -> None:
         axis.plot(xs, [100 * row["miou"] for row in rows], "o-", color="#1f77b4")
         for x, row in zip(xs, rows, strict=True):
             name = "LR dense" if row["threshold"] is None else f"{row['threshold']:g}"
-            bold = "bold" if row["threshold"] == own else "normal"
-            axis.annotate(name, (x, 100 * row["miou"]), (4, -11), textcoords="offset points", fontsize=8, weight=bold)
+            place, weight = ((-6, 8), "bold") if row["threshold"] == own else ((4, -11), "normal")
+            axis.annotate(
+                name, (x, 100 * row["miou"]), place, textcoords="offset points", fontsize=8, weight=weight
+            )  # fmt: skip
+        axis.margins(y=0.1)
         axis.set(xlabel=label, ylabel="mIoU, %")
         axis.grid(alpha=0.3)
