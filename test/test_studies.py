@@ -253,20 +253,52 @@ def test_objects_table_equals_the_segmenters(setting: Setting) -> None:
         assert sum(row["share"] * row[name] for row in rows) == pytest.approx(right)
 
 
+def test_ensemblers_table_equals_naive_choices(setting: Setting) -> None:
+    report = ensemblers.study(setting)
+    opened = Opened(setting.bundle, CPU)
+    masks: dict[str, list[np.ndarray]] = {"direct": [], "entropy": [], "residual": [], "gated": [], "oracle": []}
+    for sample in SCENES:
+        assert sample.label is not None
+        prediction = opened.look(sample)
+        selected = opened.uncertain(prediction)
+        flat, y1, y2 = opened.predictions(sample, prediction, selected)
+        y1, y2 = y1.double().numpy(), y2.double().numpy()
+        p1, p2 = (np.exp(y) / np.exp(y).sum(1, keepdims=True) for y in (y1, y2))
+        e1, e2 = (-(p * np.log(p)).sum(1) for p in (p1, p2))
+        c1, c2 = y1.argmax(1), y2.argmax(1)
+        truth = sample.label.ravel()[flat]
+        choices = {
+            "direct": c2,
+            "entropy": np.where(e1 < e2, c1, c2),
+            "residual": (y1 + y2).argmax(1),
+            "oracle": np.where((c1 == truth) & (c2 != truth), c1, c2),
+        }
+        for name, choice in choices.items():
+            mask = opened.initial_mask(prediction)[0].numpy().copy()
+            mask.ravel()[flat] = choice
+            masks[name].append(mask)
+        masks["gated"].append(opened.segmenter.segment([sample.image])[0].mask)
+    assert [row["ensembler"].split(":")[0] for row in report.data["rows"]] == list(masks)
+    for row, (name, made) in zip(report.data["rows"], masks.items(), strict=True):
+        assert row["miou"] == pytest.approx(miou(made), rel=1e-3), name
+        assert row["gain"] == pytest.approx(row["miou"] - report.data["miou_lr"])
+    assert report.data["rows"][-1]["miou"] > report.data["rows"][0]["miou"]
+
+
 def test_variants_read_what_they_say(bundle: Bundle) -> None:
     base = base_args(bundle)
     assert base["channels"] == [8, 16] and base["ensembler"] == "gated" and not base["context"]
     shapes = {}
-    for variant in (*inputs.variants(base), *channels.variants(base), *ensemblers.variants(base)):
+    for variant in (*inputs.variants(base), *channels.variants(base)):
         refiner = build_variant(variant, 11, 5)
         unet = refiner.unet
         shapes[variant.label] = unet.layers[0].in_features if variant.pointnet else unet.stem.weight.shape[1]
     assert list(shapes.values())[:3] == [3, 3 + 11, 3 + 5]
     widths = [v.args["channels"] for v in channels.variants(base)]
     assert widths == [[4, 8], [8, 16], [16, 32], [8, 16]]
-    names = [run_name(v) for v in (*inputs.variants(base), *channels.variants(base), *ensemblers.variants(base))]
-    assert len(set(names)) == len(names) - 2  # the paper's refiner is in all three tables, and trained once
-    assert names[0] == names[4] == names[10] == "unet8-16-gated-seed0"
+    names = [run_name(v) for v in (*inputs.variants(base), *channels.variants(base))]
+    assert len(set(names)) == len(names) - 1  # the paper's refiner is in both tables, and trained once
+    assert names[0] == names[4] == "unet8-16-gated"
 
 
 def test_pointnet_sees_no_neighbours() -> None:
@@ -330,7 +362,7 @@ def test_one_command_trains_one_step_and_writes_all(
     out, runs = tmp_path / "out", tmp_path / "runs"
     arguments = [
         "study",
-        "ensemblers",
+        "inputs",
         "--model",
         str(model),
         "--data",
@@ -342,27 +374,27 @@ def test_one_command_trains_one_step_and_writes_all(
     ]
     arguments += ["--out", str(out), "--runs", str(runs), "--threads", "1"]
     assert main(arguments) == 0
-    first = json.loads((out / "ensemblers.json").read_text())
+    first = json.loads((out / "inputs.json").read_text())
     assert first["budget"] == {
         "epochs": 1, "batch": 2, "crop": [32, 48], "ema": 0.98, "steps": 1, "train_frames": 2,
     }  # fmt: skip
-    rows = {row["label"].split(":")[0]: row for row in first["rows"]}
-    assert len(rows) == 5 and first["frames"] == 2
-    direct = rows["direct"]
-    assert direct["miou"] == direct["miou_refined"] != rows["residual"]["miou"]
-    args = {"channels": [8, 16], "stride": "floor", "blocks": 1, "ensembler": "direct"}
+    rows = {row["label"]: row for row in first["rows"]}
+    assert list(rows) == ["RGB", "RGB, logits", "RGB, features"] and first["frames"] == 2
+    args = {"channels": [8, 16], "stride": "floor", "blocks": 1}
     parameters = sum(p.numel() for p in SparseRefiner(11, **args).parameters())
-    assert direct["params_m"] == pytest.approx(parameters / 1e6)
-    text = (out / "ensemblers.md").read_text()
-    assert "sparserefine study ensemblers --model tiny --data PATH_TO_DATA --epochs 1 --threads 1" in text
+    assert rows["RGB"]["params_m"] == pytest.approx(parameters / 1e6)
+    for label, more in (("RGB, logits", 11), ("RGB, features", 8)):  # columns of the stem: 3x3 kernels to 8 channels
+        assert rows[label]["params_m"] == pytest.approx((parameters + 9 * more * 8) / 1e6)
+    text = (out / "inputs.md").read_text()
+    assert "sparserefine study inputs --model tiny --data PATH_TO_DATA --epochs 1 --threads 1" in text
     assert str(tmp_path) not in text and "1 steps of 2 crops of 48x32" in text
-    assert (out / "ensemblers.png").stat().st_size > 5_000
+    assert (out / "inputs.png").stat().st_size > 5_000
     logs = sorted(runs.rglob("*.ckpt"))
     stamps = [log.stat().st_mtime_ns for log in logs]
-    assert len(logs) == 5
+    assert len(logs) == 3
     assert main(arguments) == 0  # nothing left to train
     assert [log.stat().st_mtime_ns for log in logs] == stamps
-    assert json.loads((out / "ensemblers.json").read_text()) == first
+    assert json.loads((out / "inputs.json").read_text()) == first
     capsys.readouterr()
     assert main([*arguments[:-1], "0"]) == 2
     assert "--threads is 0; give 1 or more" in capsys.readouterr().err

@@ -11,9 +11,9 @@ STUDIES = {
     "threshold": "the entropy threshold (5b)",
     "classes": "gain by class (8)",
     "objects": "gain by object size",
+    "ensemblers": "how both predictions become one (5e)",
     "inputs": "what the refiner reads (5c); trains three refiners",
-    "channels": "how wide it is, and PointNet (5d); trains four",
-    "ensemblers": "how both predictions become one (5e); trains five",
+    "channels": "how wide it is, and PointNet (5d); trains four, one of them shared with inputs",
 }
 """Each a module of ``sparserefine_ros.studies`` with study(setting) -> Report."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -84,3 +84,16 @@ def table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
 def percent(value: float, digits: int = 1) -> str:
     """A fraction as a table shows it; a dash for nan."""
     return f"{100 * value:.{digits}f}" if value == value else "–"
+
+
+def bar_gains(axis: Any, gains: Mapping[str, float], miou_lr: float) -> None:
+    """Horizontal bars of ``gains`` in mIoU over LR dense, fractions, the first on top."""
+    points = [100 * gain for gain in gains.values()]
+    bars = axis.barh(range(len(points)), points, color=["#2ca02c" if p >= 0 else "#d62728" for p in points])
+    axis.bar_label(bars, [f"{p:+.2f}" for p in points], padding=3, fontsize=8)
+    axis.set_yticks(range(len(points)), list(gains))
+    axis.invert_yaxis()
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.margins(x=0.15)
+    axis.grid(alpha=0.3, axis="x")
+    axis.set(xlabel=f"gain over LR dense ({100 * miou_lr:.2f} mIoU), points")

@@ -19,7 +19,7 @@ from sparserefine_ros.evaluation.metrics import ConfusionMatrix
 from sparserefine_ros.networks.entropy import entropy
 from sparserefine_ros.networks.selectors import OracleSelector, Prediction, upsample_nearest
 from sparserefine_ros.studies.opened import Opened
-from sparserefine_ros.studies.report import Report, Setting, percent
+from sparserefine_ros.studies.report import Report, Setting, bar_gains, percent
 
 CURVE = np.linspace(0, 0.6, 31)  # densities at which the picture shows recall
 
@@ -103,7 +103,6 @@ class _Tally:
 
 def study(setting: Setting) -> Report:
     opened = Opened(setting.bundle, setting.device)
-    threshold = opened.segmenter.entropy_threshold
     plain = ConfusionMatrix(setting.bundle.classes)
     tallies: dict[str, _Tally] = {}
     for index, sample in enumerate(track(setting.val, description=f"selectors on {len(setting.val)} frames")):
@@ -111,9 +110,8 @@ def study(setting: Setting) -> Report:
         labels = prediction.labels
         assert labels is not None and sample.label is not None
         known, wrong = labels != UNLABELLED, OracleSelector()(prediction)  # bool [1, H, W]
-        nothing = torch.zeros_like(wrong)
-        plain.update(sample.label, opened.refine(sample, prediction, nothing))
-        count = int((_entropy(prediction, 0) > threshold).sum())
+        plain.update(sample.label, opened.initial_mask(prediction)[0].cpu().numpy())
+        count = int(opened.uncertain(prediction).sum())
         places = (CURVE * wrong.numel()).astype(int)
         choices = {}
         for name, score in SCORES.items():
@@ -157,10 +155,4 @@ def _draw(figure: Any, rows: list[dict[str, Any]], miou_lr: float) -> None:
     left.set(xlabel="density, % of pixels", ylabel="recall, % of misclassified pixels", xlim=(0, 60), ylim=(0, 101))
     left.legend()
     left.grid(alpha=0.3)
-    names, gains = [row["selector"] for row in rows], [100 * (row["miou"] - miou_lr) for row in rows]
-    bars = right.barh(names, gains, color=["#2ca02c" if g >= 0 else "#d62728" for g in gains])
-    right.bar_label(bars, [f"{g:+.2f}" for g in gains], padding=3, fontsize=8)
-    right.axvline(0, color="black", linewidth=0.8)
-    right.invert_yaxis()
-    right.margins(x=0.15)
-    right.set(xlabel=f"gain over LR dense ({100 * miou_lr:.2f} mIoU), points")
+    bar_gains(right, {row["selector"]: row["miou"] - miou_lr for row in rows}, miou_lr)

@@ -15,7 +15,7 @@ from sparserefine_ros.networks.macs import counting_refiner_macs
 from sparserefine_ros.segmenter.bundle import Bundle
 from sparserefine_ros.segmenter.segmenter import Segmenter
 from sparserefine_ros.studies.features import FeatureTap
-from sparserefine_ros.studies.report import Report, Setting, percent
+from sparserefine_ros.studies.report import Report, Setting, bar_gains, percent
 from sparserefine_ros.studies.variants import FeatureTask, Variant, build_variant
 from sparserefine_ros.training.loop import train
 from sparserefine_ros.training.recipe import StageRecipe
@@ -24,6 +24,7 @@ from sparserefine_ros.training.refiner import RefinerTask
 EPOCHS = 4
 SIDE = 2 / 3  # of the recipe's crops: less than half of their pixels
 EMA = 0.98  # few steps: averaged weights must forget the random ones they began with
+SEED = 0
 COUNTED = 3  # validation frames on which multiply-adds are counted
 
 
@@ -58,7 +59,6 @@ def trained_report(name: str, title: str, variants: Sequence[Variant], setting: 
         )
         for row in rows
     ]  # fmt: skip
-    assert setting.bundle.refiner is not None
     whole = setting.bundle.provenance["refiner"]
     budget = {
         "epochs": recipe.epochs, "batch": recipe.batch, "crop": list(recipe.crop), "ema": recipe.ema,
@@ -67,20 +67,23 @@ def trained_report(name: str, title: str, variants: Sequence[Variant], setting: 
     budget_note = (
         f"Each was trained from scratch on the frozen dense segmenter at the same small budget: {recipe.epochs} epochs "
         f"of {len(setting.train)} frames, {rows[0]['steps']} steps of {recipe.batch} crops of "
-        f"{recipe.crop[1]}x{recipe.crop[0]}, seed 0 unless said; the bundle's own refiner had {whole['epochs']} epochs "
+        f"{recipe.crop[1]}x{recipe.crop[0]}, one seed; the bundle's own refiner had {whole['epochs']} epochs "
         f"with crops of {whole['crop'][1]}x{whole['crop'][0]}. Sparse branch: mIoU where it replaces the initial "
         f"prediction of the selected pixels. Refined are {percent(rows[0]['density'])} % of the pixels; parameters and "
         "multiply-adds, a frame, are the refiner's."
     )
     return Report(
         name, title, ("", "mIoU", "gain", "sparse branch", "M parameters", "GMAC"), cells, f"{note} {budget_note}",
-        {"budget": budget, "rows": rows}, lambda figure: _draw(figure, rows),
+        {"budget": budget, "rows": rows},
+        lambda figure: bar_gains(figure.subplots(), {row["label"]: row["miou"] - low for row in rows}, low),
     )  # fmt: skip
 
 
-def run_folder(runs: Path, bundle: Bundle) -> Path:
-    """Where trainings over this dense segmenter and threshold are kept."""
-    return runs / "studies" / f"{bundle.name}-{bundle.dense.sha256[:8]}-{bundle.entropy_threshold:g}"
+def run_folder(setting: Setting) -> Path:
+    """Where trainings are kept: a folder for all that their figures depend on beside the recipe and the variant."""
+    bundle = setting.bundle
+    parts = (bundle.name, bundle.dense.sha256[:8], f"{bundle.entropy_threshold:g}", f"{len(setting.val)}frames")
+    return setting.runs / "studies" / "-".join(parts)
 
 
 def run_name(variant: Variant) -> str:
@@ -88,7 +91,7 @@ def run_name(variant: Variant) -> str:
     args = variant.args
     parts = ["pointnet" if variant.pointnet else "unet" + "-".join(map(str, args["channels"]))]
     parts += [part for part, used in (("logits", args["context"]), ("features", variant.features)) if used]
-    return "-".join([*parts, args["ensembler"], f"seed{variant.seed}"])
+    return "-".join([*parts, args["ensembler"]])
 
 
 def train_variant(variant: Variant, recipe: StageRecipe, setting: Setting) -> dict[str, Any]:
@@ -97,7 +100,7 @@ def train_variant(variant: Variant, recipe: StageRecipe, setting: Setting) -> di
     """
     bundle, device = setting.bundle, setting.device
     dense = Segmenter(bundle, str(device), refine=False).dense
-    torch.manual_seed(variant.seed)
+    torch.manual_seed(SEED)
     refiner = build_variant(variant, len(bundle.classes), FeatureTap(dense).channels)
     recipe = replace(recipe, args={k: v for k, v in asdict(variant).items() if k != "label"})  # what a resume checks
     kind = FeatureTask if variant.features else RefinerTask
@@ -105,8 +108,8 @@ def train_variant(variant: Variant, recipe: StageRecipe, setting: Setting) -> di
         refiner, dense, bundle.classes, setting.train, setting.val, recipe, bundle.scale, bundle.entropy_threshold,
         device,
     )  # fmt: skip
-    folder, name = run_folder(setting.runs, bundle), run_name(variant)
-    trained = train(task, recipe, folder, name, variant.seed, device)
+    folder, name = run_folder(setting), run_name(variant)
+    trained = train(task, recipe, folder, name, SEED, device)
     last = json.loads((folder / f"{name}.jsonl").read_text().splitlines()[-1])
     figures = {key: last[key] for key in ("miou", "miou_refined", "miou_lr", "density")} | {"steps": last["step"]}
     task.val = setting.val[:COUNTED]
@@ -116,16 +119,3 @@ def train_variant(variant: Variant, recipe: StageRecipe, setting: Setting) -> di
     gmac = sum(counts) / len(task.val) / 1e9 * figures["density"] / max(density, 1e-9)
     parameters = sum(p.numel() for p in trained.parameters()) / 1e6
     return {"label": variant.label, **figures, "params_m": parameters, "gmac": gmac}
-
-
-def _draw(figure: Any, rows: list[dict[str, Any]]) -> None:
-    axis = figure.subplots()
-    gains = [100 * (row["miou"] - row["miou_lr"]) for row in rows]
-    bars = axis.barh(range(len(rows)), gains, color=["#2ca02c" if g >= 0 else "#d62728" for g in gains])
-    axis.bar_label(bars, [f"{g:+.2f}" for g in gains], padding=3)
-    axis.set_yticks(range(len(rows)), [row["label"] for row in rows])
-    axis.invert_yaxis()
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.margins(x=0.12)
-    axis.set(xlabel=f"gain over LR dense ({100 * rows[0]['miou_lr']:.2f} mIoU), points")
-    axis.grid(alpha=0.3, axis="x")

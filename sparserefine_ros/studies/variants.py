@@ -31,7 +31,6 @@ class Variant:
     args: dict[str, Any] = field(default_factory=dict)  # of SparseRefiner
     features: bool = False  # it also reads the input of the dense segmenter's classifier
     pointnet: bool = False  # a perceptron in place of the U-Net
-    seed: int = 0
 
 
 class PixelPerceptron(nn.Module):
