@@ -70,7 +70,8 @@ def trained_report(name: str, title: str, variants: Sequence[Variant], setting: 
         f"{recipe.crop[1]}x{recipe.crop[0]}, one seed; the bundle's own refiner had {whole['epochs']} epochs "
         f"with crops of {whole['crop'][1]}x{whole['crop'][0]}. Sparse branch: mIoU where it replaces the initial "
         f"prediction of the selected pixels. Refined are {percent(rows[0]['density'])} % of the pixels; parameters and "
-        "multiply-adds, a frame, are the refiner's."
+        "multiply-adds, a frame, are the refiner's. Where the hardware gains by it, training and its validation "
+        "compute in bfloat16."
     )
     return Report(
         name, title, ("", "mIoU", "gain", "sparse branch", "M parameters", "GMAC"), cells, f"{note} {budget_note}",
