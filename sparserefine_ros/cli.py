@@ -24,6 +24,7 @@ COMMANDS = {
     "rehash": "rehash",
     "export": "export",
     "bench": "bench",
+    "study": "study",
 }
 """Sub-command to module; a module holds HELP, add_arguments(parser) and run(args) -> exit status."""
 

@@ -83,7 +83,7 @@ def compare_segmenters(segmenters: dict[str, Segmenter], samples: Sequence[Sampl
             if segmenter.refiner is not None:
                 densities[name].append(result.density)
     size = samples[0].image.shape[:2]
-    macs: dict[str, float] = {HR: _dense_macs(segmenters[HR], size), LR: _dense_macs(low, size)}
+    macs: dict[str, float] = {HR: dense_macs_of(segmenters[HR], size), LR: dense_macs_of(low, size)}
     for name in segmenters:
         if densities[name]:  # a refiner's work grows with the pixels it works on
             macs[name] = macs[LR] + statistics.fmean(refiner_macs[name]) * statistics.fmean(densities[name])
@@ -160,7 +160,8 @@ def _null_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _dense_macs(segmenter: Segmenter, size: Sequence[int]) -> float:
+def dense_macs_of(segmenter: Segmenter, size: Sequence[int]) -> float:
+    """Multiply-adds of the dense segmenter on a frame of ``size`` (H, W)."""
     if isinstance(segmenter.dense, OnnxDense):
         return math.nan  # counted in torch's operations
     low = segmenter.low_size(tuple(size))

@@ -230,5 +230,5 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
 
 
 def _superpixels(module: nn.Module | None, device: torch.device) -> SuperpixelTransformer | None:
-    network = module.network if isinstance(module, Tempered) else module
+    network = None if module is None else unwrapped(module)
     return network.to(device) if isinstance(network, SuperpixelTransformer) else None

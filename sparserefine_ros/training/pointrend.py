@@ -18,8 +18,8 @@ from sparserefine_ros.evaluation.metrics import ConfusionMatrix
 from sparserefine_ros.networks.pointrend import PointRend
 from sparserefine_ros.networks.points import sample, training_points
 from sparserefine_ros.networks.selectors import upsample_nearest
+from sparserefine_ros.segmenter.dense import coarse_and_fine
 from sparserefine_ros.segmenter.preprocess import low_resolution_size, normalise, resize
-from sparserefine_ros.segmenter.segmenter import coarse_and_fine
 from sparserefine_ros.training.loop import mixed_precision
 from sparserefine_ros.training.refiner import RefinerTask
 

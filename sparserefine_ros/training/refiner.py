@@ -19,6 +19,7 @@ from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.selectors import EntropySelector, Prediction, upsample_nearest
 from sparserefine_ros.segmenter.head import gather_initial
 from sparserefine_ros.segmenter.preprocess import low_resolution_size, normalise, normalise_pixels, resize
+from sparserefine_ros.sparse import SiteSet
 from sparserefine_ros.training.augment import random_view
 from sparserefine_ros.training.dense import class_weights
 from sparserefine_ros.training.loop import mixed_precision
@@ -80,10 +81,13 @@ class RefinerTask:
         with torch.no_grad():
             logits = self.dense(normalise(lows)).float()  # [B, K, h, w]
             sites = (pyramid := module.pyramid(self.selector(Prediction(logits, size)))).levels[0]
-        pixels = normalise_pixels(images.view(-1, 3)[sites.flat])
-        refined, ensembled = module(pixels, gather_initial(logits, sites), pyramid)
+        refined, ensembled = module(self.inputs(images, sites), gather_initial(logits, sites), pyramid)
         initial = upsample_nearest(logits.argmax(1).to(torch.uint8), size)
         return refined, ensembled, labels.view(-1)[sites.flat].long(), (initial, sites.flat)
+
+    def inputs(self, images: Tensor, sites: SiteSet) -> Tensor:
+        """What the refiner reads at ``sites`` of ``images`` [B, H, W, 3] uint8: colours [N, 3], normalised."""
+        return normalise_pixels(images.view(-1, 3)[sites.flat])
 
     @torch.inference_mode()
     def validate(self, module: nn.Module) -> dict[str, float]:
