@@ -28,8 +28,8 @@ from sparserefine_ros.node.process import NodeProcess, free_domain_id
 from sparserefine_ros.segmenter.bundle import Bundle
 from sparserefine_ros.segmenter.segmenter import Segmenter
 
-DRIVES, FRAMES_A_DRIVE = 24, 2  # that frames are picked from
-PICKED = 12  # calmest and most cluttered frames
+DRIVES, FRAMES_A_DRIVE = 16, 2  # that frames are picked from
+PICKED = 8  # calmest and most cluttered frames
 STRETCH = 40  # frames that are calm, then as many that are cluttered, and so on
 STRETCHES = 4
 SEED = 9000  # drives that no bundle was trained on
@@ -177,8 +177,9 @@ def draw(result: dict[str, Any], file: Path) -> None:
         seconds = [row["frame"] / result["rate_hz"] for row in rows]
         for axis, key in zip(axes, ("latency_ms", "entropy_threshold", "density"), strict=True):
             values = [np.nan if row[key] is None else row[key] for row in rows]
-            axis.plot(seconds, values, ".-", markersize=4, linewidth=1, color=colour, label=name)
-    axes[0].axhline(result["budget_ms"], color="black", linestyle="--", label="budget")
+            label = {"fixed": "fixed threshold", "budget": "with the budget"}[name]
+            axis.plot(seconds, values, ".-", markersize=4, linewidth=1, color=colour, label=label)
+    axes[0].axhline(result["budget_ms"], color="black", linestyle="--", label="the budget")
     for axis, label in zip(axes, ("stamp to publish, ms", "entropy threshold, nats", "density"), strict=True):
         axis.set(ylabel=label, ylim=(0, None))
         axis.grid(alpha=0.3)
@@ -186,8 +187,8 @@ def draw(result: dict[str, Any], file: Path) -> None:
         step = result["stretch"] / result["rate_hz"]
         for start in np.arange(step, end, 2 * step):
             axis.axvspan(start, min(start + step, end), color="#1f77b4", alpha=0.08)
-    axes[0].legend(loc="upper left")
-    axes[2].set(xlabel="seconds; shaded: cluttered frames")
+    axes[0].legend(loc="lower right")
+    axes[2].set(xlabel="seconds; shaded: cluttered frames; without a dot in the middle: left dense")
     figure.suptitle(f"{result['model']}: fixed threshold and a budget of {result['budget_ms']:g} ms")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)

@@ -30,7 +30,6 @@ from sparserefine_ros.segmenter.bundle import Bundle, save_network
 
 NETWORK_ARGS: dict[str, Any] = {"widths": [8, 8, 8, 8], "depths": [1, 1, 1]}
 SCALE = 0.0625  # of the dense segmenter's input: a sixteenth of the width
-PROFILE = "fastdds_local.xml"  # both ends are on this machine; one that the user has set stands
 WARMUP_S = 1.0  # left out of the figures
 EVERY_S = 1.0  # between two looks at memory and handles
 
@@ -95,7 +94,7 @@ def measure(size: tuple[int, int], rate_hz: float, duration_s: float) -> dict[st
         ) from error
     rng = np.random.default_rng(0)
     frames = [image_message(rng.integers(0, 256, (*size, 3), np.uint8), "rgb8", 1, "camera") for _ in range(3)]
-    environment, domain_id = transport_environment(PROFILE), free_domain_id()
+    environment, domain_id = transport_environment(), free_domain_id()
     with tempfile.TemporaryDirectory() as folder:
         bundle = write_trivial_bundle(Path(folder) / "trivial", size)
         parameters = {"model": str(bundle), "device": "cpu", "threads": 1}

@@ -124,7 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bag", type=Path, metavar="DIR", help="with ground truth; made if missing (default: one of its own, removed)"
     )
     budget.add_argument("--model", default="street", help="bundle (default: street)")
-    budget.add_argument("--size", default="512x1024", metavar="HxW", help="frames of the bag made (default: 512x1024)")
+    budget.add_argument("--size", default="384x768", metavar="HxW", help="frames of the bag made (default: 384x768)")
     budget.add_argument("--rate", type=float, default=5.0, metavar="HZ", help="frames a second (default: 5)")
     budget.add_argument("--budget", type=float, metavar="MS", help="(default: between calm and cluttered frames)")
     budget.add_argument("--json", type=Path, help="also save the figures here")

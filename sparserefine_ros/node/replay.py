@@ -214,11 +214,11 @@ def _numbers(status: DiagnosticStatus) -> dict[str, float]:
     return numbers
 
 
-def transport_environment(profile: str = "fastdds.xml") -> dict[str, str]:
+def transport_environment() -> dict[str, str]:
     """Environment of both ends of a replay: the shared-memory profile, and discovery that stays on this machine."""
     from sparserefine_ros.node.transport import profile_env
 
-    return {**profile_env(profile=profile), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
+    return {**profile_env(), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
 
 
 def ros_versions() -> Mapping[str, Any]:

@@ -46,9 +46,9 @@ def profile_variable(environment: Mapping[str, str] | None = None) -> str:
     return PROFILE_VARIABLES[values.get("ROS_DISTRO", "") in FAST_DDS_2]
 
 
-def profile_env(environment: Mapping[str, str] | None = None, profile: str = "fastdds.xml") -> dict[str, str]:
-    """Environment variables that give a process a shipped profile; empty where the user has chosen one."""
-    return {} if has_profile(environment) else {profile_variable(environment): str(config_file(profile))}
+def profile_env(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Environment variables that give a process the shipped profile; empty where the user has chosen one."""
+    return {} if has_profile(environment) else {profile_variable(environment): str(config_file("fastdds.xml"))}
 
 
 def remedy() -> str:
