@@ -44,7 +44,7 @@ class StandIn:
     classes = CAMVID
     bundle = SimpleNamespace(name="stand-in", entropy_threshold=0.5, decoders=("dense",))
     refines, device, precision, sparse_backend, has_superpixels = False, "cpu", "fp32", "torch", False
-    entropy_threshold = 0.5
+    entropy_threshold, runtime, under_way = 0.5, "torch", ""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []

@@ -253,5 +253,5 @@ def test_sigint_while_an_engine_is_built_ends_with_0(domain: int) -> None:
     rest, _ = process.communicate(timeout=30)
     assert process.returncode == 0, said + rest
     assert time.monotonic() - started < 15
-    for word in ("Traceback", "terminate called", "Failed to complete"):
+    for word in ("Traceback", "terminate called"):
         assert word not in rest, rest

@@ -23,16 +23,7 @@ SOMETIMES = {
     "rt/segmentation/label_info": "vision_msgs",
     "rq/segment/get_type_descriptionRequest": "jazzy",
     "rr/segment/get_type_descriptionReply": "jazzy",
-    "rt/segment/transition_event": "lifecycle",
-    **{
-        f"{side}/segment/{service}{kind}": "lifecycle"
-        for service in (
-            "enable", "change_state", "get_state", "get_available_states", "get_available_transitions",
-            "get_transition_graph",
-        )
-        for side, kind in (("rq", "Request"), ("rr", "Reply"))
-    },
-}  # fmt: skip
+}
 
 
 def allowed(kind: str) -> set[str]:
@@ -95,6 +86,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[
                 context=context, parameter_overrides=[Parameter(key, value=value) for key, value in values.items()]
             )
             try:
+                node.start()
                 found[name] = used(node)
             finally:
                 node.destroy_node()

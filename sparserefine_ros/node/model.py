@@ -55,7 +55,7 @@ def load_segmenter(values: Mapping[str, Value], announce: Announce = lambda stat
     announce(LOADING)
     import torch
 
-    from sparserefine_ros.segmenter.bundle import Bundle, default_bundle
+    from sparserefine_ros.segmenter.bundle import ONNX, Bundle, default_bundle
     from sparserefine_ros.segmenter.segmenter import Segmenter
 
     decoder, model, refine = str(values["decoder"]), str(values["model"]), str(values["refine"])
@@ -70,7 +70,7 @@ def load_segmenter(values: Mapping[str, Value], announce: Announce = lambda stat
     refined = {"true": True, "false": False}.get(refine, False if decoder == "dense" else None)
     if values["threads"]:
         torch.set_num_threads(int(values["threads"]))
-    if values["runtime"] == "onnxruntime":
+    if values["runtime"] == "onnxruntime" or bundle.dense.network == ONNX:
         announce(BUILDING)
     return Segmenter(
         bundle,
