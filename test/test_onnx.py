@@ -169,7 +169,7 @@ class StandIn:
 def test_tensorrt_keeps_its_engines_and_says_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = StandIn("tensorrt")
     monkeypatch.setattr(onnx_dense, "_onnxruntime", lambda: stand_in)
-    monkeypatch.setattr(OnnxDense, "_file", lambda self, size: tmp_path / "dense.onnx")
+    monkeypatch.setattr(OnnxDense, "_file", lambda self, size: (tmp_path / "dense.onnx", True))
     dense = OnnxDense(tiny_network(), ["a"], CUDA, "tensorrt", half=True, folder=tmp_path)
     lines: list[str] = []
     handler = RosHandler(SimpleNamespace(info=lines.append, warning=lines.append))
@@ -190,7 +190,7 @@ def test_a_provider_that_does_not_start_is_refused_only_where_it_was_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnx_dense, "_onnxruntime", lambda: StandIn("cpu"))
-    monkeypatch.setattr(OnnxDense, "_file", lambda self, size: tmp_path / "dense.onnx")
+    monkeypatch.setattr(OnnxDense, "_file", lambda self, size: (tmp_path / "dense.onnx", True))
     with pytest.raises(ParameterError, match="'cuda' does not start here and onnxruntime took 'cpu' instead"):
         OnnxDense(tiny_network(), ["a"], CUDA, "cuda", folder=tmp_path).prepare((90, 120))
     auto = OnnxDense(tiny_network(), ["a"], CUDA, "auto", folder=tmp_path)

@@ -41,7 +41,10 @@ def load(source: Path) -> ctypes.CDLL:
     key = hashlib.sha256("\0".join([source.read_text(), *command, _version(tuple(compiler)), _cpu()]).encode())
     library = cache_folder() / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if not library.exists():
-        _compile(command, source, library)
+        try:
+            _compile(command, source, library)
+        except OSError as error:
+            raise NativeError(f"cannot write {library}: {error}; free space there, or set XDG_CACHE_HOME") from error
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:

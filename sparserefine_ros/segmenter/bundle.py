@@ -176,7 +176,7 @@ def save_network(path: Path, module: nn.Module, network: str, args: Mapping[str,
 
 
 def load_network(path: Path, spec: NetworkSpec, module: nn.Module) -> nn.Module:
-    """Fills ``module`` from the bundle's file; BundleError names any weight that is missing, left over or misshapen."""
+    """Fills ``module`` from the bundle's file; BundleError names a weight missing, left over, misshapen, not finite."""
     file = path / spec.weights
     try:
         tensors: dict[str, Tensor] = load_file(file)
@@ -191,6 +191,11 @@ def load_network(path: Path, spec: NetworkSpec, module: nn.Module) -> nn.Module:
             raise BundleError(
                 f"weight {key!r} in {file} has shape {tuple(tensors[key].shape)}, but {spec.network!r} "
                 f"with {spec.args} needs {tuple(wanted[key].shape)}; do the classes of model.yaml fit the weights?"
+            )
+        if not tensors[key].isfinite().all():
+            raise BundleError(
+                f"weight {key!r} in {file} has values that are not finite: the training diverged, or they are too "
+                "large for half precision; train it again, or restore the bundle"
             )
     module.load_state_dict(tensors)
     return module.eval()

@@ -6,6 +6,7 @@ Shape shorthand: B images, K classes, C feature channels, H, W native size, h, w
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Iterator
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ from sparserefine_ros.sparse import SiteSet
 KERNEL = Path(__file__).with_name("head_kernel.c")
 HIDDEN, MAX_CHANNELS = 64, 256  # what the kernel is written for
 CHUNK = 1024  # pixels a thread takes at a time
+
+logger = logging.getLogger("sparserefine_ros")
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,8 @@ def build_head(refiner: Refiner | None, device: torch.device) -> Head:
     """The fastest that runs on ``device``."""
     try:
         return NativeHead(refiner) if device.type == "cpu" and NativeHead.fits(refiner) else Head(refiner)
-    except NativeError:
+    except NativeError as error:
+        logger.warning("%s; torch does this kernel's work, more slowly", error)
         return Head(refiner)
 
 

@@ -64,24 +64,53 @@ class OnnxDense:
         # An engine of TensorRT is fast for the one size that it was built for.
         self.fixed = self.wanted[0] == "tensorrt" or not is_dynamic(network)
         self.sessions: dict[tuple[int, int] | None, Any] = {}  # by size; None for every size
+        self.degraded = ""  # why torch runs the network after all, where it does
         self.shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # of images to that of their logits
 
     def prepare(self, size: tuple[int, int]) -> Any:
-        """The session for images of ``size`` (h, w): exports the network and builds engines where not done yet."""
+        """The session for images of ``size`` (h, w): exports the network and builds engines where not done yet.
+
+        None, and a reason in ``degraded``, where the disk is full: torch then runs the network.
+        """
         key = size if self.fixed else None
         if key not in self.sessions:
-            self.sessions[key] = self._open(self._file(size), size)
+            self.sessions[key] = self._session(size)
         return self.sessions[key]
+
+    def _session(self, size: tuple[int, int]) -> Any:
+        """A new session, or None where its file cannot be written."""
+        try:
+            file, kept = self._file(size)
+            try:
+                return self._open(file, size)
+            except ParameterError:
+                raise
+            except Exception as error:  # onnxruntime's share no base of their own
+                if not kept:
+                    raise
+                logger.warning("%s cannot be used and is made anew: %s", file, error)
+                file.unlink(missing_ok=True)
+            return self._open(self._file(size)[0], size)
+        except OSError as error:
+            self.degraded = (
+                f"torch runs the dense segmenter in place of onnxruntime, whose file cannot be written: {error}; free "
+                f"space in {self.folder} or set XDG_CACHE_HOME, and configure again"
+            )
+            logger.warning(self.degraded)
+            return None
 
     @property
     def provider(self) -> str:
         """The provider in use, once a session is open; else the first that will be tried."""
         for session in self.sessions.values():
-            return _name(session.get_providers()[0])
+            return "none" if session is None else _name(session.get_providers()[0])
         return self.wanted[0]
 
     def __call__(self, images: Tensor) -> Tensor:  # [B, 3, h, w] -> [B, K, h, w]
         session = self.prepare((images.shape[2], images.shape[3]))
+        if session is None:
+            logits: Tensor = self.network(images)
+            return logits
         images = images.float().contiguous()
         parts = images.split(1) if self.fixed else (images,)
         results = [self._run(session, part) for part in parts]
@@ -105,25 +134,28 @@ class OnnxDense:
         binding.synchronize_outputs()
         return logits
 
-    def _file(self, size: tuple[int, int]) -> Path:
-        """The exported file; written where it is not there."""
+    def _file(self, size: tuple[int, int]) -> tuple[Path, bool]:
+        """The exported file, written where it is not there, and whether it was."""
         from sparserefine_ros.segmenter.export import export_dense
 
         what = [FORMAT, self.identity, self.half, size if self.fixed else None]
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         file = self.folder / f"dense-{key[:24]}.onnx"
-        if not file.exists():
+        kept = file.exists()
+        if not kept:
             logger.info("exporting the dense segmenter to %s", file)
             started = time.monotonic()
             partial = file.with_suffix(f".{os.getpid()}.part")  # of processes that export at once the last one wins
             try:
                 done = export_dense(self.network, partial, size, self.fixed, self.half)
+                with partial.open("rb") as written:
+                    os.fsync(written.fileno())  # a name must not outlive a power cut that its content does not
                 partial.replace(file)
             finally:
                 partial.unlink(missing_ok=True)
             seconds = time.monotonic() - started
             logger.info("exported in %.0f s; differs from torch by %.1e of the largest logit", seconds, done.difference)
-        return file
+        return file, kept
 
     def _open(self, file: Path, size: tuple[int, int]) -> Any:
         options = self.runtime.SessionOptions()

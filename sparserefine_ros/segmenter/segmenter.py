@@ -118,7 +118,7 @@ class Segmenter:
         self.runtime = "torch"
         if runtime == "onnxruntime":
             self._run_dense = onnx = self._onnx(dense, provider)
-            self.runtime = f"onnxruntime ({onnx.provider})"
+            self.runtime = "torch" if onnx.degraded else f"onnxruntime ({onnx.provider})"
         elif runtime != "torch":
             raise ParameterError(f"runtime {runtime!r} is unknown; choose one of {', '.join(RUNTIMES)}")
         backend = pick_backend(sparse_backend, self.device, PRECISIONS[precision])
@@ -191,6 +191,11 @@ class Segmenter:
             batch = self._segment_batch([images[i] for i in indices], refined and self.refiner is not None, choose)
             results.update(zip(indices, batch, strict=True))
         return [results[i] for i in range(len(images))]
+
+    @property
+    def degraded(self) -> str:
+        """Why it does not run as asked; empty where it does."""
+        return self._run_dense.degraded if isinstance(self._run_dense, OnnxDense) else ""
 
     @property
     def has_superpixels(self) -> bool:
