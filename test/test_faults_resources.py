@@ -131,6 +131,21 @@ def test_out_of_memory_while_decoding_is_no_fault_of_the_message(
     assert bench.counts("") == {"received": 2, "processed": 1, "failed": 1}
 
 
+def test_the_worker_outlives_an_error_anywhere(
+    live: Callable[..., Live], tiny_bundle: Path, frame: np.ndarray, monkeypatch: Any
+) -> None:
+    bench = live(tiny_bundle).start()
+
+    def full(*_: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.node._worker.scheduler, "measured", full)
+        bench.see(frame)
+    bench.see(frame)
+    assert bench.counts("") == {"received": 2, "processed": 1, "failed": 1}
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [

@@ -89,13 +89,20 @@ class Worker:
 
     def _work(self) -> None:
         while batch := self.scheduler.take():
-            frames = [frame for camera, data in batch if (frame := self._decode(camera, data))]
-            groups: dict[tuple[int, ...], list[Frame]] = defaultdict(list)
-            for frame in frames:
-                groups[frame.image.shape].append(frame)
-            for group in groups.values():
-                if not self._serve(group):
+            try:
+                if not self._work_on(batch):
                     return
+            except Exception as error:  # memory may end anywhere; without this thread the node would fall silent
+                for camera, _ in batch:
+                    self._failed(camera, f"the worker stumbled: {type(error).__name__}: {error}")
+
+    def _work_on(self, batch: list[tuple[Camera, Receipt]]) -> bool:
+        """Decodes, segments, publishes; False when the node has been shut down meanwhile."""
+        frames = [frame for camera, data in batch if (frame := self._decode(camera, data))]
+        groups: dict[tuple[int, ...], list[Frame]] = defaultdict(list)
+        for frame in frames:
+            groups[frame.image.shape].append(frame)
+        return all(self._serve(group) for group in groups.values())
 
     def _decode(self, camera: Camera, receipt: Receipt) -> Frame | None:
         start = time.perf_counter()
