@@ -5,7 +5,7 @@
     .venv/bin/python scripts/start_stops.py --lives 1000 --processes 20 --json start_stops.json
 
 A life: configure (a trivial model from its files, topics), activate, one frame segmented and published, deactivate,
-cleanup. A process: start, and SIGINT when it is ready, every other time while it loads; it ends with status 0 within 15 s.
+cleanup. A process: start, SIGINT when it is ready (every other time: while it loads), status 0 within 15 s.
 """  # fmt: skip
 
 from __future__ import annotations
