@@ -176,7 +176,7 @@ def save_network(path: Path, module: nn.Module, network: str, args: Mapping[str,
 
 
 def load_network(path: Path, spec: NetworkSpec, module: nn.Module) -> nn.Module:
-    """Fills ``module`` from the bundle's file; BundleError names a weight missing, left over, misshapen, not finite."""
+    """Fills ``module`` from the bundle's file; BundleError names any weight that is missing, left over or misshapen."""
     file = path / spec.weights
     try:
         tensors: dict[str, Tensor] = load_file(file)
