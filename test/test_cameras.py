@@ -45,6 +45,7 @@ class StandIn:
     bundle = SimpleNamespace(name="stand-in", entropy_threshold=0.5, decoders=("dense",))
     refines, device, precision, sparse_backend, has_superpixels = False, "cpu", "fp32", "torch", False
     entropy_threshold, runtime, under_way = 0.5, "torch", ""
+    degraded = ""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -306,7 +307,7 @@ def test_only_the_guilty_frames_of_a_batch_are_lost(make: Callable[..., Bench]) 
     node, *cameras = bench.diagnostics()
     assert node.level == b"\2" and node.message.startswith("left: 1 frame(s) failed")
     assert rows(node)["cameras"] == "front, left, right, rear" and rows(node)["received"] == "9"
-    assert rows(node)["degraded"] == "1 frames without refinement"
+    assert rows(node)["degraded"] == "out of memory: 1 frames without refinement"
     assert {status.name: status.level[0] for status in cameras} == {
         "segment: camera front": 1, "segment: camera left": 2, "segment: camera right": 1, "segment: camera rear": 1,
     }  # fmt: skip

@@ -38,7 +38,7 @@ class StandIn:
     classes = CAMVID
     bundle = SimpleNamespace(name="stand-in", entropy_threshold=0.5, decoders=("dense", "sparserefine"))
     refines, device, precision, sparse_backend = True, "cpu", "fp32", "torch"
-    has_superpixels, runtime, under_way = False, "torch", ""
+    has_superpixels, runtime, under_way, degraded = False, "torch", "", ""
     entropy_threshold = 0.5
 
     def __init__(self) -> None:

@@ -44,9 +44,9 @@ class Resources:
     handles: list[int] = field(default_factory=list)
     threads: list[int] = field(default_factory=list)
 
-    def look(self, now_s: float) -> None:
-        """Notes the present state, at most once in EVERY_S."""
-        if self.seconds and now_s - self.seconds[-1] < EVERY_S:
+    def look(self, now_s: float, every: float = EVERY_S) -> None:
+        """Notes the present state, at most once in `every` seconds."""
+        if self.seconds and now_s - self.seconds[-1] < every:
             return
         status = dict(
             line.split(":", 1) for line in Path(f"/proc/{self.pid}/status").read_text().splitlines() if ":" in line

@@ -45,7 +45,10 @@ def load(source: Path) -> ctypes.CDLL:
     key = hashlib.sha256("\0".join([source.read_text(), *command, _version(tuple(compiler)), _cpu()]).encode())
     library = cache_folder() / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if not library.exists():
-        _compile(command, source, library)
+        try:
+            _compile(command, source, library)
+        except OSError as error:
+            raise NativeError(f"cannot write {library}: {error}; free space there, or set XDG_CACHE_HOME") from error
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
@@ -116,7 +119,8 @@ def _compile(command: list[str], source: Path, library: Path) -> None:
             [*command, "-o", partial, str(source), "-lm"], capture_output=True, text=True, check=False
         )
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
+            said = done.stderr.splitlines()
+            lines = [line for line in said if "error" in line or "No space left" in line] or said[-1:]
             reason = lines[0] if lines else f"exit status {done.returncode}"
             raise NativeError(f"{command[0]} cannot compile {source.name}: {reason}; install gcc and libc6-dev")
         Path(partial).replace(library)

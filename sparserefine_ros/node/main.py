@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 
 from sparserefine_ros.errors import SparseRefineError
@@ -18,6 +20,10 @@ GRACE_S = 3.0
 """How long a model that is being loaded may hold up the end."""
 
 
+LAST_RESORT_S = 10.0
+"""How long anything at all may: a frame that takes minutes, a driver that hangs."""
+
+
 class _Stop:
     """Notes SIGINT and SIGTERM instead of raising KeyboardInterrupt in the middle of something.
 
@@ -25,13 +31,30 @@ class _Stop:
     Ctrl-C; the second must not break a clean exit under way.
     """
 
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
     def __init__(self) -> None:
         self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self._told = threading.Event()
+        threading.Thread(target=self._insist, name="stop", daemon=True).start()
+        for number in self.SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, *_: object) -> None:
-        self.requested = True
+        if not self.requested:  # a second signal may come while the event's lock is held here
+            self.requested = True
+            self._told.set()
+
+    def _insist(self) -> None:
+        self._told.wait()
+        time.sleep(LAST_RESORT_S)
+        os.write(2, b"not ended %.0f s after the signal; ends now\n" % LAST_RESORT_S)
+        os._exit(0)
+
+    def final(self) -> None:
+        """From here on no signal counts: an ending interpreter takes Python's handlers away."""
+        for number in self.SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -51,6 +74,8 @@ def main(args: Sequence[str] | None = None) -> int:
     started = False
     try:
         keep_large_buffers()
+        if stop.requested:  # before rclpy had its handlers: nothing would be shut down
+            raise ExternalShutdownException
         rclpy.init(args=None if args is None else list(args))
         from sparserefine_ros.node.segment_node import SegmentNode
 
@@ -59,11 +84,19 @@ def main(args: Sequence[str] | None = None) -> int:
         executor.add_node(node)
         # A frame's hand-over from the executor's thread to the worker's waits for this, by default up to 5 ms.
         sys.setswitchinterval(0.0005)
+        serve = executor.spin_once
+
+        def spin_once(timeout_sec: float | None = None) -> None:
+            if stop.requested or not rclpy.ok():
+                raise ExternalShutdownException
+            serve(timeout_sec)
+
+        spin_once(0.0)
         if node.autostart:
-            node.start(executor.spin_once)
+            node.start(spin_once)
         started = True
-        while rclpy.ok() and not stop.requested:
-            executor.spin_once()
+        while True:
+            spin_once()
     except ExternalShutdownException:
         pass
     except Exception as error:
@@ -80,6 +113,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if node is not None:
             node.destroy_node()
         rclpy.try_shutdown()
+        stop.final()
         loader = node.loader if node is not None else None
         if loader is not None:
             loader.join(GRACE_S)

@@ -20,6 +20,14 @@ logger = logging.getLogger("sparserefine_ros")
 LOADING, BUILDING, WARMING_UP = "loading", "building engine", "warming up"
 """What a start-up is at."""
 Announce = Callable[[str], None]
+OUT_OF_MEMORY = (
+    "out of memory",  # CUDA
+    "can't allocate memory",  # torch on a CPU
+    "alloc_failed",  # cuBLAS, cuDNN
+    "failed to allocate memory",  # ONNX Runtime
+    "insufficient memory",  # OpenCV
+)
+"""What libraries say where memory ends; their exceptions share no type."""
 
 
 def start_segmenter(values: Mapping[str, Value], announce: Announce) -> Segmenter:
@@ -91,11 +99,6 @@ def number_or_none(value: Value) -> float | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the host or the GPU ran out of memory; torch says so in several ways."""
-    text = str(error)
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "out of memory" in text
-        or "can't allocate memory" in text
-    )
+    """Whether the host or the GPU ran out of memory."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY)

@@ -42,7 +42,9 @@ class Reporter:
                 counts[name] += count
         self._processed.append(counts["processed"])
         rate = max(0, self._processed[-1] - self._processed[0]) / (len(self._processed) - 1)
-        degraded = [*own.degraded, *([f"{counts['unrefined']} frames without refinement"] * bool(counts["unrefined"]))]
+        degraded = list(own.degraded)
+        if counts["unrefined"]:
+            degraded.append(f"out of memory: {counts['unrefined']} frames without refinement")
         named = {camera: status for camera, status in cameras.items() if camera.name}
         values: dict[str, object] = {"state": own.state, **counts, "masks_per_second": f"{rate:.1f}"}
         if named:

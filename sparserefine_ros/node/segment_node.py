@@ -310,6 +310,7 @@ class SegmentNode(LifecycleNode):
         name = segmenter.bundle.name if segmenter is not None else ""
         degraded = [trouble] if trouble and self._state == "active" else []
         degraded += self._qos.complaints()
+        degraded += [segmenter.degraded] if segmenter is not None and segmenter.degraded else []
         if worker is not None:
             values |= budget_values(worker.budget)
             degraded += [worker.unaffordable] if worker.budget is not None and worker.unaffordable else []

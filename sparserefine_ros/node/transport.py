@@ -97,10 +97,12 @@ class Arrivals:
     def loss(self) -> float:
         """Estimated fraction of frames lost on the way, from the gaps between stamps; 0 while too few are known.
 
-        The camera's period is taken as the second smallest gap, so that one irregular pair does no harm.
+        The camera's period is taken as the second smallest gap, so that one irregular pair does no harm. Gaps that are
+        silence are no loss: a camera that was off, a clock that jumped, a bag that begins again.
         """
         stamps = list(self._stamps)
-        gaps = sorted(b - a for a, b in zip(stamps, stamps[1:], strict=False) if b > a)
+        steps = (b - a for a, b in zip(stamps, stamps[1:], strict=False))
+        gaps = sorted(step for step in steps if 0 < step <= self._silence_s * 1e9)
         if len(gaps) < 8:
             return 0.0
         return max(0.0, 1.0 - len(gaps) * gaps[1] / sum(gaps))

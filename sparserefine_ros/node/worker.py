@@ -89,13 +89,20 @@ class Worker:
 
     def _work(self) -> None:
         while batch := self.scheduler.take():
-            frames = [frame for camera, data in batch if (frame := self._decode(camera, data))]
-            groups: dict[tuple[int, ...], list[Frame]] = defaultdict(list)
-            for frame in frames:
-                groups[frame.image.shape].append(frame)
-            for group in groups.values():
-                if not self._serve(group):
+            try:
+                if not self._work_on(batch):
                     return
+            except Exception as error:  # memory may end anywhere; without this thread the node would fall silent
+                for camera, _ in batch:
+                    self._failed(camera, f"the worker stumbled: {type(error).__name__}: {error}")
+
+    def _work_on(self, batch: list[tuple[Camera, Receipt]]) -> bool:
+        """Decodes, segments, publishes; False when the node has been shut down meanwhile."""
+        frames = [frame for camera, data in batch if (frame := self._decode(camera, data))]
+        groups: dict[tuple[int, ...], list[Frame]] = defaultdict(list)
+        for frame in frames:
+            groups[frame.image.shape].append(frame)
+        return all(self._serve(group) for group in groups.values())
 
     def _decode(self, camera: Camera, receipt: Receipt) -> Frame | None:
         start = time.perf_counter()
@@ -103,6 +110,9 @@ class Worker:
             message = read_message(receipt.data, camera.message_type)
             image = to_rgb(message)
         except Exception as error:  # whatever a sender does may cost its frame, never the node
+            if is_out_of_memory(error):  # not the sender's fault
+                self._failed(camera, f"decoding it ran out of memory: {error}")
+                return None
             camera.counters.add(malformed=1)
             self._logger.warning(
                 f"malformed frame on {camera.image_topic} skipped: {error}", throttle_duration_sec=QUIET_S
@@ -128,15 +138,15 @@ class Worker:
             if error is not None:
                 if not self._ok():
                     return False
-                frame.camera.counters.add(failed=1)
                 what = str(error) if isinstance(error, FrameError) else f"{type(error).__name__}: {error}"
-                self._logger.error(
-                    f"frame of {frame.camera.image_topic} skipped, segmenting it failed: {what}",
-                    throttle_duration_sec=QUIET_S,
-                )
+                self._failed(frame.camera, f"segmenting it failed: {what}")
         if budget is not None and all(done.result is not None and done.refined for done in results):
             budget.observe(_age_ms(frames))
         return True
+
+    def _failed(self, camera: Camera, why: str) -> None:
+        camera.counters.add(failed=1)
+        self._logger.error(f"frame of {camera.image_topic} skipped, {why}", throttle_duration_sec=QUIET_S)
 
     def _choose(self, budget: LatencyBudget, frames: list[Frame], entropy: np.ndarray, pixels: int) -> float | None:
         """The threshold of a batch, by the age of its oldest frame."""

@@ -215,6 +215,11 @@ def _fill(path: Path, spec: NetworkSpec, module: nn.Module, tensors: Mapping[str
                 f"weight {key!r} in {file} has shape {tuple(tensors[key].shape)}, but {spec.network!r} "
                 f"with {spec.args} needs {tuple(wanted[key].shape)}; do the classes of model.yaml fit the weights?"
             )
+        if not tensors[key].isfinite().all():
+            raise BundleError(
+                f"weight {key!r} in {file} has values that are not finite: the training diverged, or they are too "
+                "large for half precision; train it again, or restore the bundle"
+            )
     module.load_state_dict(tensors)
     return module.eval()
 

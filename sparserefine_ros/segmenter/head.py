@@ -6,6 +6,7 @@ Shape shorthand: B images, K classes, C feature channels, H, W native size, h, w
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 from collections.abc import Iterator
 from ctypes import c_int64, c_void_p
@@ -29,6 +30,8 @@ CHUNK = 1024  # pixels a thread takes at a time
 # Blocks of pixels under one pixel of the logits pay where no more than a tenth of their places is empty: the initial
 # prediction's share of the work is done once a block, the rest for every place.
 MAX_PLACES = 1.1
+
+logger = logging.getLogger("sparserefine_ros")
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,8 @@ def build_head(refiner: Refiner | None, device: torch.device) -> Head:
     """The fastest that runs on ``device``."""
     try:
         return NativeHead(refiner) if device.type == "cpu" and NativeHead.fits(refiner) else Head(refiner)
-    except NativeError:
+    except NativeError as error:
+        logger.warning("%s; torch does this kernel's work, more slowly", error)
         return Head(refiner)
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparserefine_ros.errors import BundleError
 from sparserefine_ros.native import cache_folder
 from sparserefine_ros.segmenter.onnx_session import Progress, onnxruntime, open_session, pick_providers, provider_of
 
@@ -69,6 +70,8 @@ class ExportedNetwork:
             partial = file.with_suffix(f".{os.getpid()}.part")  # of processes that export at once the last one wins
             try:
                 done = export_dense(self.load(), partial, size, fixed, self.half)
+                with partial.open("rb") as written:
+                    os.fsync(written.fileno())  # a name must not outlive a power cut that its content does not
                 partial.replace(file)
             finally:
                 partial.unlink(missing_ok=True)
@@ -123,13 +126,42 @@ class OnnxDense(nn.Module):
         self.progress = Progress()
         self.sessions: dict[tuple[int, int] | None, Any] = {}  # by size; None for every size
         self.shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # of images to that of their logits
+        self.degraded = ""  # why torch runs the network after all, where it does
+        self.instead: nn.Module | None = None  # that network
 
     def prepare(self, size: tuple[int, int]) -> Any:
-        """The session for images of ``size`` (h, w): exports the network and builds engines where not done yet."""
+        """The session for images of ``size`` (h, w): exports the network and builds engines where not done yet.
+
+        None, and a reason in ``degraded``, where the disk is full: torch then runs the network.
+        """
+        if self.degraded:
+            return None
         key = size if self.fixed else None
         if key not in self.sessions:
-            self.sessions[key] = self._open(self.source.file(size, self.fixed), size)
+            try:
+                self.sessions[key] = self._session(size)
+            except OSError as error:
+                if not isinstance(self.source, ExportedNetwork):
+                    raise
+                self.degraded = (
+                    "torch runs the dense segmenter in place of onnxruntime, whose file cannot be written: "
+                    f"{error}; free space in {self.source.folder} or set XDG_CACHE_HOME, and configure again"
+                )
+                logger.warning(self.degraded)
+                self.instead = self.source.load().to(self.device)
+                return None
         return self.sessions[key]
+
+    def _session(self, size: tuple[int, int]) -> Any:
+        file = self.source.file(size, self.fixed)
+        try:
+            return self._open(file, size)
+        except BundleError as error:
+            if not isinstance(self.source, ExportedNetwork):
+                raise
+            logger.warning("%s cannot be used and is made anew: %s", file, error)
+        file.unlink(missing_ok=True)
+        return self._open(self.source.file(size, self.fixed), size)
 
     @property
     def provider(self) -> str:
@@ -138,6 +170,9 @@ class OnnxDense(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, h, w] -> [B, K, h, w]
         session = self.prepare((images.shape[2], images.shape[3]))
+        if self.instead is not None:
+            instead: Tensor = self.instead(images)
+            return instead
         images = images.to(self.source.dtype).contiguous()
         parts = images.split(1) if self.fixed or self.source.one_image else (images,)
         results = [self._run(session, part) for part in parts]

@@ -121,7 +121,7 @@ class Segmenter:
             self.dense.prepare(normalise(torch.zeros(1, *low, 3, dtype=torch.uint8, device=self.device)))
         if isinstance(self.dense, OnnxDense):
             self.dense.prepare(low)
-            self.runtime = f"onnxruntime ({self.dense.provider})"
+            self.runtime = "torch" if self.dense.degraded else f"onnxruntime ({self.dense.provider})"
         backend = pick_backend(sparse_backend, self.device, PRECISIONS[precision])
         self.sparse_backend = backend.name
         self.refiner: Refiner | None = None
@@ -202,6 +202,11 @@ class Segmenter:
             batch = self._segment_batch([images[i] for i in indices], refined and self.refiner is not None, choose)
             results.update(zip(indices, batch, strict=True))
         return [results[i] for i in range(len(images))]
+
+    @property
+    def degraded(self) -> str:
+        """Why it does not run as asked; empty where it does."""
+        return self.dense.degraded if isinstance(self.dense, OnnxDense) else ""
 
     @property
     def has_superpixels(self) -> bool:

@@ -1,0 +1,138 @@
+"""Stamps out of order, from the past and the future; a camera that falls silent and comes back. docs/faults.md."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy")
+
+import test_cameras  # noqa: E402
+from test_cameras import Bench, StandIn, rows  # noqa: E402
+
+from sparserefine_ros.node.transport import Arrivals  # noqa: E402
+
+context, make = test_cameras.context, test_cameras.make
+
+OK, WARN = b"\0", b"\1"
+HOUR_S = 3600
+
+
+class Budgeted(StandIn):
+    """Lets the latency budget choose, and keeps what it chose."""
+
+    refines = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chosen: list[float | None] = []
+
+    def segment(self, images: list[np.ndarray], refine: bool | None = None, choose: Any = None) -> Any:
+        if choose is not None:
+            self.chosen.append(choose(np.full((1, 2, 3), 0.7, np.float32), images[0].size // 3))
+        return super().segment(images, refine)
+
+
+def test_stamps_backward_and_from_the_future(make: Callable[..., Bench]) -> None:
+    """Every frame is published; those older than the last are counted stale; latencies count from receipt, and the
+    diagnostics say so, until stamps can be believed again; the budget never takes such an age for latency."""
+    bench = make(latency_budget_ms=30000.0)
+    bench.segmenter = Budgeted()
+    bench.start()
+    now = lambda: int(time.time())  # noqa: E731
+    steps: list[tuple[Callable[[], int], bool, int]] = [  # stamp, believed, stale so far
+        (now, True, 0),
+        (lambda: now() + HOUR_S, False, 0),  # the future
+        (lambda: now() - HOUR_S, False, 1),  # backward
+        (lambda: 0, False, 2),  # no stamp
+        (lambda: -5, False, 3),  # before 1970
+        (lambda: 2**31 - 1, False, 3),
+        (now, True, 4),
+    ]
+    for number, (make_stamp, believed, stale) in enumerate(steps, 1):
+        stamp = make_stamp()
+        bench.feed("", number, stamp=stamp)
+        bench.settled()
+        counts = bench.counts("")
+        assert (counts["received"], counts["processed"], counts.get("stale", 0)) == (number, number, stale), stamp
+        values = rows(bench.diagnostics()[0])
+        assert values["latency_counts_from"].startswith("stamp" if believed else "receipt: stamps are far"), stamp
+        assert 0 <= float(values["latency_ms"]) < 10000 and values["degraded"] == "", stamp
+    assert bench.masks[""] == list(range(1, len(steps) + 1))
+    assert bench.segmenter.chosen == [0.5] * len(steps), "there was time for the lowest threshold at every frame"
+
+
+def test_frames_out_of_order_are_published_in_the_order_they_come(make: Callable[..., Bench]) -> None:
+    bench = make().start()
+    for number, stamp in enumerate((10, 12, 11, 14, 13, 15), 1):
+        bench.feed("", number, stamp=stamp)
+        bench.settled()
+    assert bench.masks[""] == [1, 2, 3, 4, 5, 6]
+    assert bench.counts("") == {"received": 6, "processed": 6, "stale": 2}
+
+
+def test_a_clock_that_jumps_is_no_loss_of_images() -> None:
+    """One stamp from another year, in either direction, makes no gap of years in which frames are missed."""
+    for jump in (HOUR_S, -HOUR_S):
+        watch = Arrivals()
+        for i in range(40):
+            stamp_s = i / 30 + (jump if i == 20 else 0)
+            watch.arrived(round(stamp_s * 1e9), i / 30)
+        assert watch.loss() < 0.05 and watch.complaint(40 / 30, 1, 0.0) == "", jump
+
+
+def test_a_camera_falls_silent_and_comes_back(make: Callable[..., Bench]) -> None:
+    """The diagnostics warn and name it while the other goes on; with its first frames they are ok again."""
+    bench = make(cameras=["front", "left"]).start()
+    for camera in bench.node.cameras:
+        camera.publishers = lambda: 1
+        camera.arrivals._silence_s = 0.3
+    stamp_ms = 0
+
+    def shoot(*names: str) -> None:
+        nonlocal stamp_ms
+        stamp_ms += 10
+        for name in names:
+            bench.feed(name, 3, header=test_cameras.Header(stamp=stamp(stamp_ms)))
+        bench.settled()
+
+    for _ in range(15):
+        shoot("front", "left")
+    assert [s.level for s in bench.diagnostics()] == [OK, OK, OK]
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        shoot("left")
+        time.sleep(0.02)
+    node, front, left = bench.diagnostics()
+    assert (node.level, front.level, left.level) == (WARN, WARN, OK)
+    assert node.message.startswith("front: no image for ") and "although 1 publisher(s)" in front.message
+    stamp_ms += 10_000  # the camera's clock went on
+    for _ in range(15):
+        shoot("front", "left")
+    node, front, left = bench.diagnostics()
+    assert (node.level, front.level, left.level) == (OK, OK, OK), front.message
+    assert float(rows(front)["estimated_loss"]) < 0.05
+
+
+def stamp(ms: int) -> Any:
+    from builtin_interfaces.msg import Time
+
+    return Time(sec=1 + ms // 1000, nanosec=ms % 1000 * 1_000_000)
+
+
+def test_a_camera_whose_publisher_vanishes(make: Callable[..., Bench]) -> None:
+    bench = make(cameras=["front", "left"]).start()
+    front, left = bench.node.cameras
+    left.publishers = lambda: 1
+    for present, level in ((1, OK), (0, WARN), (1, OK)):
+        front.publishers = lambda present=present: present
+        for name in ("front", "left"):
+            bench.feed(name, 3)
+        bench.settled()
+        node, its, other = bench.diagnostics()
+        assert (node.level, its.level, other.level) == (level, level, OK)
+        assert ("front: waiting: nobody publishes" in node.message) == (not present)
