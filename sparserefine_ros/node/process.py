@@ -18,6 +18,7 @@ from sparserefine_ros.errors import SparseRefineError
 from sparserefine_ros.node.parameters import Value
 
 STOP_TIMEOUT_S = 15.0
+PARTICIPANTS = 32  # of a domain that are looked for; the first may have ended before the others
 
 
 class NodeError(SparseRefineError):
@@ -141,15 +142,20 @@ def free_domain_id(first: int | None = None) -> int:
     """A ROS domain (1-101) that nobody on this machine uses, so that a replay meets no other node.
 
     The search begins at ``first``, by default at one derived from the process id. A domain is in use when the port of
-    its first participant is taken: 7400 + 250 * domain + 10 (DDSI-RTPS 2.2, 9.6.1.1).
+    one of its participants is taken: 7400 + 250 * domain + 10 + 2 * participant (DDSI-RTPS 2.2, 9.6.1.1).
     """
     begin = first if first is not None else 1 + os.getpid() % 101
     for step in range(101):
         domain = 1 + (begin - 1 + step) % 101
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.bind(("", 7410 + 250 * domain))
-            except OSError:
-                continue
-        return domain
+        if all(_is_free(7410 + 250 * domain + 2 * participant) for participant in range(PARTICIPANTS)):
+            return domain
     raise NodeError("all 101 ROS domains are in use on this machine; stop some nodes or give --domain-id")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
