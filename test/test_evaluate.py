@@ -122,7 +122,7 @@ def test_live_node_gives_the_same_numbers(bag: Path, tiny_bundle: Path, tmp_path
     assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"] <= latency["max"]
     assert latency["max"] > live["stages_ms"]["dense"]["max"] > 0 and "publish" in live["stages_ms"]
     assert set(json.loads((tmp_path / "r.json").read_text())) >= KEYS
-    assert "ready: model tiny" in (tmp_path / "out" / "node.log").read_text()
+    assert "configured: model tiny" in (tmp_path / "out" / "node.log").read_text()
     assert cv2.imread(str(tmp_path / "out" / "evaluation.png")) is not None
     expected = Segmenter(Bundle.load(tiny_bundle), device="cpu").segment([samples(1)[0].image])[0].mask
     saved = cv2.imread(str(tmp_path / "out" / "masks" / f"{START_NS}.png"), cv2.IMREAD_UNCHANGED)

@@ -101,4 +101,5 @@ def number_or_none(value: Value) -> float | None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the host or the GPU ran out of memory."""
     text = str(error).lower()
-    return isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY)
+    told = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # the latter is torch's
+    return told or any(words in text for words in OUT_OF_MEMORY)
