@@ -140,15 +140,12 @@ def decode_wire(drawn: Any) -> None:
     data = drawn[1] if isinstance(drawn[1], bytes) else changed(content, drawn[1])
     with suppress(BagError, FrameError):
         check_image(to_rgb(messages.deserialize(data, kind)))
-    with suppress(ImportError):
-        from rclpy.serialization import deserialize_message
+    with suppress(ImportError, FrameError):
         from sensor_msgs.msg import CompressedImage, Image
 
-        try:
-            message = deserialize_message(data, Image if kind == messages.IMAGE else CompressedImage)
-        except Exception:  # whatever rclpy says of bytes that are no message; the node counts them as malformed
-            return
-        decode_message(message)
+        from sparserefine_ros.node.cdr import read_message
+
+        check_image(to_rgb(read_message(data, Image if kind == messages.IMAGE else CompressedImage)))
 
 
 # Bundles: a tiny one whose model.yaml or weights were changed.

@@ -1,4 +1,4 @@
-"""Serialized images read in place equal deserialized ones; whatever is odd is left to rclpy."""
+"""Serialized images read in place equal what rclpy reads; whatever is odd is refused."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ pytest.importorskip("rclpy")
 from rclpy.serialization import deserialize_message, serialize_message  # noqa: E402
 from sensor_msgs.msg import CompressedImage, Image  # noqa: E402
 
-from sparserefine_ros.node import cdr  # noqa: E402
-from sparserefine_ros.node.cdr import ImageView, read_message  # noqa: E402
+from sparserefine_ros.errors import FrameError  # noqa: E402
+from sparserefine_ros.node.cdr import CompressedView, ImageView, read_message  # noqa: E402
 from sparserefine_ros.node.conversion import to_rgb  # noqa: E402
 
 FIELDS = ("header", "height", "width", "encoding", "is_bigendian", "step")
@@ -58,19 +58,43 @@ def test_big_endian() -> None:
     assert bytes(view.data) == b"ab"
 
 
+@settings(max_examples=100, deadline=None)
+@given(names, names, st.binary(max_size=40))
+def test_compressed_images_are_those_that_rclpy_reads(frame_id, text, data):
+    message = CompressedImage(format=text, data=data)
+    message.header.frame_id = frame_id
+    frame = serialize_message(message)
+    view, expected = read_message(frame, CompressedImage), deserialize_message(frame, CompressedImage)
+    assert isinstance(view, CompressedView)
+    assert (view.header, view.format, bytes(view.data)) == (expected.header, expected.format, bytes(expected.data))
+
+
+@pytest.mark.parametrize("kind", [Image, CompressedImage])
 @settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_broken_messages_are_left_to_rclpy(data):
-    frame = bytearray(serialize_message(image(height=2, width=3, encoding="mono8", step=3, data=b"abcdef")))
-    if data.draw(st.booleans()):
+@given(data=st.data())
+def test_broken_messages_are_refused(kind, data):
+    """Cut anywhere, or with any byte changed: refused, or every part of it lies in the message."""
+    fields = {"height": 2, "width": 3, "encoding": "mono8", "step": 3} if kind is Image else {"format": "png"}
+    frame = bytearray(serialize_message(kind(data=b"abcdef", **fields)))
+    cut = data.draw(st.booleans())
+    if cut:
         frame = frame[: data.draw(st.integers(0, len(frame) - 5))]  # four bytes of padding may be missing
     else:
         frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
-    view = cdr._read_image(bytes(frame))  # whatever comes, no other error than rclpy's
-    if view is not None:
-        assert len(view.data) <= len(frame)
+    try:
+        view = read_message(bytes(frame), kind)
+    except FrameError:
+        return
+    assert not cut and len(view.data) <= len(frame)
 
 
-def test_other_types_are_rclpys() -> None:
-    frame = serialize_message(CompressedImage(format="png", data=b"1234"))
-    assert isinstance(read_message(frame, CompressedImage), CompressedImage)
+@pytest.mark.parametrize("begin", [b"", b"\0\1", b"\0\7\0\0", b"\1\0\0\0"])
+def test_other_encodings_are_named(begin: bytes) -> None:
+    with pytest.raises(FrameError, match="is not plain CDR"):
+        read_message(begin + bytes(60) * (len(begin) == 4), Image)
+
+
+def test_an_empty_string_may_have_no_zero() -> None:
+    body = struct.pack("<iI", 3, 4) + struct.pack("<I", 0) + struct.pack("<I4s", 4, b"png\0") + struct.pack("<I", 2)
+    view = read_message(b"\0\1\0\0" + body + b"ab", CompressedImage)
+    assert (view.header.frame_id, view.format, bytes(view.data)) == ("", "png", b"ab")
