@@ -23,6 +23,7 @@ from sensor_msgs.msg import Image
 from sparserefine_ros.evaluation.bag_messages import stamp_ns
 from sparserefine_ros.node.memory import keep_large_buffers
 from sparserefine_ros.node.process import NodeError
+from sparserefine_ros.node.refusal import offer
 
 RESULTS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
 STAMP_AT = 4  # in a serialized message that begins with a header, after CDR's encapsulation
@@ -101,7 +102,7 @@ class Camera:
             self._spin_until(due)
             self.log.late_s = max(self.log.late_s, time.monotonic() - due)
             self._stamp(frame)
-            self._images.publish(frame)
+            offer(self._images, frame)  # what DDS refuses is lost, as a driver's frame would be
             tick(time.monotonic() - start)
         self._spin_until(time.monotonic() + 1.0)
         return self.log

@@ -11,11 +11,13 @@ from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import String
 
 from sparserefine_ros.datasets.classes import ClassList
+from sparserefine_ros.errors import FrameError
 from sparserefine_ros.networks.boundaries import draw_boundaries
 from sparserefine_ros.node import labels
 from sparserefine_ros.node.conversion import colourise, fill_image, overlay
 from sparserefine_ros.node.mask_transport import fill_png, shrink
 from sparserefine_ros.node.qos import QosWatch
+from sparserefine_ros.node.refusal import offer
 from sparserefine_ros.node.sources import RESULTS
 from sparserefine_ros.node.status import FrameReport, diagnostics
 
@@ -38,6 +40,7 @@ class Outputs:
         self._timing = qos.publisher(DiagnosticArray, f"{results}/timing", RELIABLE)
         self._json = qos.publisher(String, f"{results}/label_info_json", LATCHED)
         self._label_info: Any = None
+        self._refused: list[str] = []  # topics that DDS refused messages of the present frame for
         if labels.LabelInfo is None:
             node.get_logger().info(
                 f"vision_msgs is not installed: class names come as JSON on {results}/label_info_json only "
@@ -61,16 +64,17 @@ class Outputs:
 
     def publish_labels(self, stamp: Any) -> None:
         """Class names and colours, latched. Repeated now and then: a bag split loses latched messages."""
-        self._json.publish(String(data=labels.label_json(self._classes)))
+        offer(self._json, String(data=labels.label_json(self._classes)))
         if self._label_info is not None:
-            self._label_info.publish(labels.label_info(self._classes, stamp))
+            offer(self._label_info, labels.label_info(self._classes, stamp))
 
     def publish(self, header: Any, image: np.ndarray, result: Segmentation, opacity: float) -> None:
         """What somebody subscribes to. All carry `header` untouched and are of the mask's size, which may be smaller
-        than the image's."""
+        than the image's. Raises FrameError, once everything else is out, if DDS refuses a message."""
+        self._refused.clear()
         self._send("mask", header, result.mask, "mono8")
         if self._png.get_subscription_count():
-            self._png.publish(fill_png(CompressedImage(), header, result.mask))
+            self._offer(self._png, fill_png(CompressedImage(), header, result.mask))
         self._send("confidence", header, result.confidence, "mono8")
         if self.wanted("entropy"):
             self._send("entropy", header, result.entropy, "32FC1")
@@ -81,6 +85,8 @@ class Outputs:
             if self.wanted("overlay"):
                 image = shrink(image, (colour.shape[0], colour.shape[1]))
                 self._send("overlay", header, overlay(image, colour, opacity), "rgb8")
+        if self._refused:
+            raise FrameError(f"DDS refused it on {', '.join(self._refused)}; is a subscriber there too slow?")
 
     def publish_superpixels(self, header: Any, image: np.ndarray, ids: np.ndarray) -> None:
         """Their boundaries over the image; ``ids`` [H, W]."""
@@ -89,7 +95,7 @@ class Outputs:
     def publish_timing(self, header: Any, report: FrameReport, model: str) -> None:
         """The frame's density and stage times, while somebody subscribes."""
         if self._timing.get_subscription_count():
-            self._timing.publish(diagnostics(header, "segment: timing", "ok", "", model, report.key_values()))
+            offer(self._timing, diagnostics(header, "segment: timing", "ok", "", model, report.key_values()))
 
     def wanted(self, name: str) -> bool:
         """Whether there is such an output and somebody subscribes to it."""
@@ -99,4 +105,8 @@ class Outputs:
         """Publishes unless nobody could ever get it: to those who come late a latched topic gives the last message."""
         latched = self._images[name].qos_profile.durability == DurabilityPolicy.TRANSIENT_LOCAL
         if latched or self.wanted(name):
-            self._images[name].publish(fill_image(Image(), header, image, encoding))
+            self._offer(self._images[name], fill_image(Image(), header, image, encoding))
+
+    def _offer(self, publisher: Any, message: Any) -> None:
+        if not offer(publisher, message):
+            self._refused.append(publisher.topic_name)

@@ -21,6 +21,7 @@ from sparserefine_ros.evaluation.bag_messages import stamp_ns
 from sparserefine_ros.evaluation.bags import RawFrame
 from sparserefine_ros.evaluation.replay_metrics import ReplayLog
 from sparserefine_ros.node.process import NodeError
+from sparserefine_ros.node.refusal import offer
 
 DISCOVERY_TIMEOUT_S = 120.0
 """Covers loading a bundle on a slow machine."""
@@ -28,6 +29,7 @@ SETTLE_S = 0.3
 """Between our side's match and the other side's: discovery is not symmetric."""
 COUNTERS_TIMEOUT_S = 2.5
 """The node tells its counters once a second."""
+REFUSED_TIMEOUT_S = 10.0
 COUNTERS = ("received", "processed", "dropped", "malformed", "failed", "unrefined")
 
 Keep = Callable[[int, bytes], None]
@@ -131,7 +133,7 @@ class Replayer:
             alive()
             rejected = self._rejected()
             log.sent[frame.stamp_ns] = time.monotonic()
-            self._images.publish(frame.data)
+            self._publish(frame, alive)
             if rate == 0 and not self._settled(frame.stamp_ns, rejected, timeout_s, alive):
                 log.timeouts.append(frame.stamp_ns)
             sent(log)
@@ -140,6 +142,15 @@ class Replayer:
             self._settled(next(reversed(log.sent)), self._rejected(), timeout_s, alive)
         self._last_counters(alive)
         return log
+
+    def _publish(self, frame: RawFrame, alive: Callable[[], None]) -> None:
+        """Again until DDS takes it: on a busy machine it may refuse a message, and nobody else has a copy."""
+        deadline = time.monotonic() + REFUSED_TIMEOUT_S
+        while not offer(self._images, frame.data):
+            alive()
+            if time.monotonic() > deadline:
+                raise NodeError(f"for {REFUSED_TIMEOUT_S:.0f} s DDS has refused to publish a frame; is the node stuck?")
+            self._spin_until(time.monotonic() + 0.05, lambda: False)
 
     def _settled(self, stamp: int, rejected: int, timeout_s: float, alive: Callable[[], None]) -> bool:
         """Waits for the mask of a frame, or until the node has rejected more than ``rejected`` frames."""

@@ -10,6 +10,7 @@ from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.node import Node
 
 from sparserefine_ros.node.camera import Camera, CameraStatus
+from sparserefine_ros.node.refusal import offer
 from sparserefine_ros.node.status import LEVELS, Counters, status
 
 RATE_OVER = 5  # reports that masks_per_second is the mean of
@@ -64,7 +65,7 @@ class Reporter:
             array.status.append(
                 status(f"{name}: camera {camera.name}", its.level, its.message, own.hardware, its.values)
             )
-        self._publisher.publish(array)
+        offer(self._publisher, array)  # a report that is refused is out of date when the next one comes
 
 
 def _worst(cameras: Mapping[Camera, CameraStatus]) -> tuple[str, str]:

@@ -1,0 +1,22 @@
+"""Publishing where DDS may refuse a message.
+
+A writer gives a message up when its lock or its queue is taken for longer than it may block (Fast DDS: 100 ms): a
+machine with no core to spare, a subscriber that stalls. rclpy then raises RCLError.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rclpy.impl.implementation_singleton import rclpy_implementation
+
+Refusal: type[Exception] = rclpy_implementation.RCLError
+
+
+def offer(publisher: Any, message: Any) -> bool:
+    """Publishes; False where the message was refused, which costs it alone."""
+    try:
+        publisher.publish(message)
+    except Refusal:
+        return False
+    return True
