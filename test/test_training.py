@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sparserefine_ros.datasets.base import UNLABELLED, Sample
 from sparserefine_ros.datasets.camvid import CamVid
@@ -17,11 +19,13 @@ from sparserefine_ros.datasets.classes import CAMVID
 from sparserefine_ros.datasets.splits import load_split
 from sparserefine_ros.errors import DatasetError, TrainingError
 from sparserefine_ros.networks.compact import CompactSegmenter
-from sparserefine_ros.segmenter.bundle import Bundle
+from sparserefine_ros.networks.superpixel import SuperpixelTransformer
+from sparserefine_ros.segmenter.bundle import Bundle, find_bundle
 from sparserefine_ros.training import bundle as bundle_module
 from sparserefine_ros.training.augment import jitter, random_view
 from sparserefine_ros.training.dense import DenseTask, class_weights, hardest_cross_entropy
 from sparserefine_ros.training.loop import _groups, cosine, poly, train
+from sparserefine_ros.training.pretrained import start_encoder
 from sparserefine_ros.training.recipe import Recipe, StageRecipe
 
 CPU = torch.device("cpu")
@@ -238,3 +242,34 @@ def test_camvid_reader_says_what_is_wrong(camvid: Path) -> None:
         load_split({"kind": "ade"}, "train", None)
     with pytest.raises(DatasetError, match="--data"):
         load_split({"kind": "camvid"}, "train", None)
+
+
+@pytest.mark.parametrize(
+    ("module", "prefix"),
+    [
+        (lambda: CompactSegmenter(4, depths=(2, 2, 3), offsets=True), ""),
+        (lambda: SuperpixelTransformer(4, channels=16, grid=(3, 4)), "encoder.model."),
+    ],
+    ids=["compact", "superpixel"],
+)
+def test_a_network_starts_from_another_bundles_encoder(module: Callable[[], torch.nn.Module], prefix: str) -> None:
+    """All of the encoder comes from the bundle, nothing else changes."""
+    torch.manual_seed(0)
+    before = module()
+    torch.manual_seed(0)
+    after = module()
+    start_encoder(after, "street")
+    source = load_file(find_bundle("street") / "dense.safetensors")
+    taken = {key: value for key, value in source.items() if key.split(".")[0] in CompactSegmenter.PARTS}
+    assert {key.split(".")[0] for key in taken} == set(CompactSegmenter.PARTS)
+    for key, value in before.state_dict().items():
+        expected = taken.pop(key.removeprefix(prefix), value) if key.startswith(prefix) else value
+        assert torch.equal(after.state_dict()[key], expected), key
+    assert not taken
+
+
+def test_an_encoder_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(TrainingError, match="bundle 'street' has other widths or depths.*'stem'"):
+        start_encoder(CompactSegmenter(4, widths=(8, 16, 16, 16)), "street")
+    with pytest.raises(TrainingError, match="no compact encoder; leave the recipe's key 'encoder' out"):
+        start_encoder(torch.nn.Conv2d(3, 4, 1), "street")

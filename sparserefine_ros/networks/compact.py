@@ -75,6 +75,9 @@ class CompactEncoder(nn.Module):
         depths: residual blocks at strides 4, 8 and 16.
     """
 
+    PARTS = ("stem", "down4", "stage4", "stage8", "stage16", "context")
+    """What is the encoder's in a network that derives from it."""
+
     def __init__(self, widths: Sequence[int] = (32, 64, 128, 192), depths: Sequence[int] = (2, 2, 3)) -> None:
         super().__init__()
         self.widths = c2, c4, c8, c16 = tuple(widths)

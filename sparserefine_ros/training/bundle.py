@@ -23,6 +23,7 @@ from sparserefine_ros.training.curves import draw_curves
 from sparserefine_ros.training.dense import DenseTask
 from sparserefine_ros.training.loop import train
 from sparserefine_ros.training.pointrend import PointRendTask
+from sparserefine_ros.training.pretrained import start_encoder
 from sparserefine_ros.training.recipe import Recipe, StageRecipe
 from sparserefine_ros.training.refiner import RefinerTask
 
@@ -97,6 +98,8 @@ def _train_dense(
 
     torch.manual_seed(recipe.seed)
     dense = build(DENSE, recipe.dense.network, len(classes), recipe.dense.args)
+    if recipe.encoder:
+        start_encoder(dense, recipe.encoder)
     dense_task = DenseTask(dense, classes, train_frames, val_frames, recipe.dense, recipe.scale, device)
     dense = train(dense_task, recipe.dense, runs, "dense", recipe.seed, device)
     if recipe.low:
@@ -109,6 +112,7 @@ def _train_dense(
             "version": __version__, "torch": str(torch.__version__), "device": _device_name(device),
             "seed": recipe.seed, "dataset": recipe.dataset,
             "frames": {"train": len(train_frames), "val": len(val_frames)},
+            **({"encoder": recipe.encoder} if recipe.encoder else {}),
             "dense": stage_summary(recipe.dense), **({"low": stage_summary(recipe.low)} if recipe.low else {}),
         },
     )  # fmt: skip

@@ -48,6 +48,7 @@ class Recipe:
     dataset: dict[str, Any]  # kind: camvid | street, and that reader's arguments
     scale: float  # low resolution over native resolution
     dense: StageRecipe | None = None
+    encoder: str | None = None  # a bundle whose encoder the dense network starts from
     bundle: str | None = None  # a bundle whose dense segmenter, threshold and HR baseline this one has
     refiner: StageRecipe | None = None
     low: StageRecipe | None = None  # the dense network tuned further at low resolution
@@ -58,8 +59,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if (self.dense is None) == (self.bundle is None):
             raise TrainingError("recipe has no section 'dense' and no 'bundle', or both; give one, see config/train")
-        if self.bundle and (self.low or self.native or not self.refiner):
-            raise TrainingError(f"recipe takes bundle {self.bundle!r} as it is; give a refiner, no low, no native")
+        if self.bundle and (self.encoder or self.low or self.native or not self.refiner):
+            raise TrainingError(
+                f"recipe takes bundle {self.bundle!r} as it is; give a refiner, no encoder, no low, no native"
+            )
 
     @staticmethod
     def load(path: str | Path) -> Recipe:

@@ -1,0 +1,43 @@
+"""Starting a dense network from another bundle's encoder, as papers start from ImageNet's.
+
+A few hundred frames are not enough to learn edges and textures from; the encoder of a network that has seen others,
+be they synthetic, is. Decoder and classifier start at random.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sparserefine_ros.errors import TrainingError
+from sparserefine_ros.networks.compact import CompactEncoder
+from sparserefine_ros.networks.registry import DENSE, build
+from sparserefine_ros.segmenter.bundle import Bundle, build_network
+
+
+def start_encoder(module: nn.Module, name: str) -> None:
+    """Copies the encoder of the dense network of bundle ``name`` into that of ``module``.
+
+    Raises TrainingError where either has no `CompactEncoder` or theirs differ in size.
+    """
+    source = Bundle.load(name)
+    spec = source.dense
+    theirs = _encoder(
+        build_network(source.path, spec, lambda: build(DENSE, spec.network, len(source.classes), spec.args)),
+        f"bundle {name!r}",
+    )
+    ours = _encoder(module, "the recipe's dense network")
+    for part in CompactEncoder.PARTS:
+        try:
+            ours.get_submodule(part).load_state_dict(theirs.get_submodule(part).state_dict())
+        except RuntimeError as error:
+            raise TrainingError(
+                f"the encoder of bundle {name!r} has other widths or depths than the recipe's, see {part!r}; make them "
+                "the same"
+            ) from error
+
+
+def _encoder(module: nn.Module, whose: str) -> CompactEncoder:
+    found = next((m for m in module.modules() if isinstance(m, CompactEncoder)), None)
+    if found is None:
+        raise TrainingError(f"{whose} has no compact encoder; leave the recipe's key 'encoder' out")
+    return found
