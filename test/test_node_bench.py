@@ -38,7 +38,6 @@ def test_bench_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["node", "--size", "large"], "'large'"),
         (["node", "--rate", "0"], "--rate 0"),
         (["budget", "--rate", "-1"], "-1"),
     ],

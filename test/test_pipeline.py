@@ -13,6 +13,7 @@ from sparserefine_ros.benchmarks import pipeline
 from sparserefine_ros.benchmarks.paper_models import MODELS, PaperModel
 from sparserefine_ros.benchmarks.pipeline import OUT_OF_MEMORY, Pipeline, Setting, markdown, measure
 from sparserefine_ros.cli import main
+from sparserefine_ros.commands.arguments import parse_size
 
 TINY = PaperModel("compact", {"widths": [4, 4, 4, 4], "depths": [1, 1, 1]}, 0.25, channels=(4, 6))
 SETTING = Setting((64, 96), warmup=1, repeats=4)
@@ -127,7 +128,6 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         (["--models", "unet"], "'unet'; choose from hrnet-w48"),
-        (["--size", "64"], "--size 64: give HxW"),
         (["--size", "65x96"], "--size 65x96: give even numbers"),
         (["--repeats", "0"], "give 0, 1 and 1 or more"),
         (["--sparse-backend", "x"], "'x' is unknown"),
@@ -136,3 +136,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_command_refuses(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "pipeline", "--device", "cpu", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_size_is_height_by_width(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse_size("64x96") == (64, 96)
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "pipeline", "--size", "64"])
+    assert ended.value.code == 2 and "--size: '64' is no size; give HEIGHTxWIDTH" in capsys.readouterr().err

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sparserefine_ros.commands.arguments import add_size
+
 HELP = (
     "measure: `bench bundle` HR dense, LR dense and LR + its refiner, `bench peers` other refiners beside it, "
     "`bench sparse` engines, `bench decoders`, `bench pipeline` the paper's models, `bench pruning` of tokens, "
@@ -51,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep", nargs=4, type=float, action="append", metavar="SHARE",
         help="windows that each stage keeps; more than once for more rows (default: 0.8, 0.6 and 0.4 everywhere)",
     )  # fmt: skip
-    pruning.add_argument("--size", default="1024x2048", metavar="HxW", help="frames (default: 1024x2048)")
+    add_size(pruning, "1024x2048", "frames")
     pruning.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     pruning.add_argument("--repeats", type=int, default=5, help="timed rounds (default: 5)")
     pruning.add_argument("--json", type=Path, help="also save the figures here")
@@ -60,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sparse.add_argument(
         "--backends", nargs="+", metavar="NAME", help="ours first (default: triton on CUDA, what auto takes, torch)"
     )
-    sparse.add_argument("--size", default="1024x2048", metavar="HxW", help="image (default: 1024x2048)")
+    add_size(sparse, "1024x2048", "image")
     sparse.add_argument("--density", type=float, default=0.118, help="share of selected pixels (default: 0.118)")
     sparse.add_argument(
         "--channels",
@@ -79,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decoders.add_argument(
         "--networks", nargs="+", metavar="NAME", help="rows (default: all that need no further package)"
     )
-    decoders.add_argument("--size", default="512x1024", metavar="HxW", help="network input (default: 512x1024)")
+    add_size(decoders, "512x1024", "network input")
     decoders.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     decoders.add_argument("--repeats", type=int, default=5, help="timed rounds (default: 5)")
     decoders.add_argument("--json", type=Path, help="also save the figures here")
@@ -89,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     pipeline.add_argument("--models", nargs="+", metavar="NAME", help="rows (default: all five)")
     pipeline.add_argument("--params-only", action="store_true", help="only count parameters")
-    pipeline.add_argument("--size", default="1024x2048", metavar="HxW", help="native frames (default: 1024x2048)")
+    add_size(pipeline, "1024x2048", "native frames")
     pipeline.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     pipeline.add_argument(
         "--precisions", nargs="+", choices=("fp32", "fp16", "bf16"), help="(default: fp16 on CUDA, else fp32)"
@@ -113,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     runtimes.add_argument("--json", type=Path, help="also save the figures here")
     runtimes.set_defaults(measure=run_runtimes)
     node = kinds.add_parser("node", help="what the live node adds to a trivial model, and its memory over time")
-    node.add_argument("--size", default="1024x2048", metavar="HxW", help="frames, rgb8 (default: 1024x2048)")
+    add_size(node, "1024x2048", "frames, rgb8")
     node.add_argument("--rate", type=float, default=30.0, metavar="HZ", help="of the camera (default: 30)")
     node.add_argument("--duration", type=float, default=20.0, metavar="S", help="seconds (default: 20)")
     node.add_argument("--json", type=Path, help="also save the figures here")
@@ -124,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bag", type=Path, metavar="DIR", help="with ground truth; made if missing (default: one of its own, removed)"
     )
     budget.add_argument("--model", default="street", help="bundle (default: street)")
-    budget.add_argument("--size", default="384x768", metavar="HxW", help="frames of the bag made (default: 384x768)")
+    add_size(budget, "384x768", "frames of the bag made")
     budget.add_argument("--rate", type=float, default=5.0, metavar="HZ", help="frames a second (default: 5)")
     budget.add_argument("--budget", type=float, metavar="MS", help="(default: between calm and cluttered frames)")
     budget.add_argument("--json", type=Path, help="also save the figures here")
@@ -185,13 +187,9 @@ def run_pruning(args: argparse.Namespace) -> int:
 
     if args.repeats < 1:
         raise ParameterError(f"--repeats is {args.repeats}; give 1 or more")
-    try:
-        height, width = map(int, args.size.split("x"))
-    except ValueError as error:
-        raise ParameterError(f"--size {args.size}: give HxW") from error
     keeps = args.keep or [[share] * 4 for share in (0.8, 0.6, 0.4)]
     try:
-        result = measure(args.model, keeps, (height, width), pick_device(args.device), args.repeats)
+        result = measure(args.model, keeps, args.size, pick_device(args.device), args.repeats)
     except ValueError as error:  # a network without its package, shares out of range
         raise ParameterError(str(error)) from error
     print(markdown(result))
@@ -209,12 +207,11 @@ def run_sparse(args: argparse.Namespace) -> int:
     from sparserefine_ros.sparse.backends import backend_class, pick_backend
 
     try:
-        height, width = map(int, args.size.split("x"))
         channels = tuple(map(int, args.channels.split(",")))
     except ValueError as error:
-        raise ParameterError(f"--size {args.size} --channels {args.channels}: give HxW and C,C,...") from error
+        raise ParameterError(f"--channels {args.channels}: give C,C,...") from error
     device, dtype = pick_device(args.device), PRECISIONS[args.precision]
-    case = Case((height, width), args.density, channels, stride=args.stride, device=device, dtype=dtype)
+    case = Case(args.size, args.density, channels, stride=args.stride, device=device, dtype=dtype)
     no_triton = backend_class("triton").missing(device) if device.type == "cuda" else "it is for CUDA"
     default = [*([] if no_triton else ["triton"]), pick_backend("auto", device, dtype).name, "torch"]
     backends = args.backends or list(dict.fromkeys(default))
@@ -249,11 +246,7 @@ def run_decoders(args: argparse.Namespace) -> int:
     if args.repeats < 1:
         raise ParameterError(f"--repeats is {args.repeats}; give 1 or more")
     try:
-        height, width = map(int, args.size.split("x"))
-    except ValueError as error:
-        raise ParameterError(f"--size {args.size}: give HxW") from error
-    try:
-        result = measure(names, (height, width), pick_device(args.device), args.repeats)
+        result = measure(names, args.size, pick_device(args.device), args.repeats)
     except (ImportError, ValueError) as error:  # a network without its package
         raise ParameterError(str(error)) from error
     print(markdown(result))
@@ -285,12 +278,9 @@ def run_pipeline(args: argparse.Namespace) -> int:
         return 0
     device = pick_device(args.device)
     cuda = device.type == "cuda"
-    try:
-        height, width = map(int, args.size.split("x"))
-    except ValueError as error:
-        raise ParameterError(f"--size {args.size}: give HxW") from error
+    height, width = args.size
     if height % 2 or width % 2 or min(height, width) < 64:
-        raise ParameterError(f"--size {args.size}: give even numbers from 64 on")
+        raise ParameterError(f"--size {height}x{width}: give even numbers from 64 on")
     batches = args.batches or ([1, 2, 4, 8] if cuda else [1])
     warmup = (100 if cuda else 1) if args.warmup is None else args.warmup
     repeats = (500 if cuda else 3) if args.repeats is None else args.repeats
@@ -299,7 +289,7 @@ def run_pipeline(args: argparse.Namespace) -> int:
     if args.graph and not cuda:
         raise ParameterError(f"--graph is for CUDA, but the device is {device}; leave it out")
     pick_backend(args.sparse_backend, device)
-    setting = Setting((height, width), device, warmup, repeats, args.stride, args.sparse_backend, args.graph)
+    setting = Setting(args.size, device, warmup, repeats, args.stride, args.sparse_backend, args.graph)
     result = measure(names, setting, args.precisions or ["fp16" if cuda else "fp32"], batches)
     print(markdown(result))
     if args.json:
@@ -329,17 +319,12 @@ def run_runtimes(args: argparse.Namespace) -> int:
 
 def run_node(args: argparse.Namespace) -> int:
     from sparserefine_ros.benchmarks.node_overhead import markdown, measure
-    from sparserefine_ros.commands.make_bag import parse_size
     from sparserefine_ros.errors import ParameterError
     from sparserefine_ros.evaluation.compare import save_json
 
     if not (args.rate > 0 and args.duration > 0):
         raise ParameterError(f"--rate {args.rate:g} --duration {args.duration:g}: give numbers above 0")
-    try:
-        size = parse_size(args.size)
-    except argparse.ArgumentTypeError as error:
-        raise ParameterError(f"--size: {error}") from error
-    result = measure(size, args.rate, args.duration)
+    result = measure(args.size, args.rate, args.duration)
     print(markdown(result))
     if args.json:
         save_json(result, args.json)
@@ -348,7 +333,6 @@ def run_node(args: argparse.Namespace) -> int:
 
 def run_budget(args: argparse.Namespace) -> int:
     from sparserefine_ros.benchmarks import budget_live, budget_simulation
-    from sparserefine_ros.commands.make_bag import parse_size
     from sparserefine_ros.errors import ParameterError
     from sparserefine_ros.evaluation.compare import save_json
 
@@ -356,13 +340,9 @@ def run_budget(args: argparse.Namespace) -> int:
         result = budget_simulation.compare()
         print(budget_simulation.markdown(result))
     else:
-        try:
-            size = parse_size(args.size)
-        except argparse.ArgumentTypeError as error:
-            raise ParameterError(f"--size: {error}") from error
         if not args.rate > 0 or (args.budget is not None and not args.budget > 0):
             raise ParameterError(f"--rate {args.rate:g} --budget {args.budget}: give numbers above 0")
-        result = budget_live.measure(args.model, args.bag, size, args.rate, args.budget)
+        result = budget_live.measure(args.model, args.bag, args.size, args.rate, args.budget)
         print(budget_live.markdown(result))
         if args.plot:
             budget_live.draw(result, args.plot)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sparserefine_ros.commands.make_bag import parse_size
+from sparserefine_ros.commands.arguments import add_size
 
 HELP = "make a short street bag, replay it through the live node, evaluate it"
 
@@ -24,9 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--frames", type=int, default=12, metavar="N", help="frames of the drive (default: %(default)s)"
     )
-    parser.add_argument(
-        "--size", type=parse_size, default=(1024, 2048), metavar="HxW", help="of the camera (default: 1024x2048)"
-    )
+    add_size(parser, "1024x2048", "of the camera")
     parser.add_argument("--seed", type=int, default=SEED, help="of the street (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
     parser.add_argument(

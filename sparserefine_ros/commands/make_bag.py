@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparserefine_ros.commands.arguments import parse_size
+
 if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
@@ -139,11 +141,3 @@ def _resized(array: np.ndarray, size: tuple[int, int] | None, smooth: bool) -> n
     else:
         interpolation = cv2.INTER_AREA if size[0] <= array.shape[0] else cv2.INTER_LINEAR
     return cv2.resize(array, size[::-1], interpolation=interpolation)
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """(height, width) in pixels of a text like 1024x2048."""
-    height, _, width = text.lower().partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; give HEIGHTxWIDTH in pixels, as in 1024x2048")
-    return int(height), int(width)
