@@ -1,4 +1,4 @@
-"""Serialized images read in place equal what rclpy reads; whatever is odd is refused."""
+"""Serialized images read in place equal what rclpy reads, those written what it writes; whatever is odd is refused."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ pytest.importorskip("rclpy")
 
 from rclpy.serialization import deserialize_message, serialize_message  # noqa: E402
 from sensor_msgs.msg import CompressedImage, Image  # noqa: E402
+from std_msgs.msg import Header  # noqa: E402
 
 from sparserefine_ros.errors import FrameError  # noqa: E402
-from sparserefine_ros.node.cdr import CompressedView, ImageView, read_message  # noqa: E402
+from sparserefine_ros.node.cdr import CompressedView, ImageView, read_message, write_image  # noqa: E402
 from sparserefine_ros.node.conversion import to_rgb  # noqa: E402
 
 FIELDS = ("header", "height", "width", "encoding", "is_bigendian", "step")
@@ -56,6 +57,27 @@ def test_big_endian() -> None:
     assert (view.header.stamp.sec, view.header.stamp.nanosec, view.header.frame_id) == (3, 4, "cam")
     assert (view.height, view.width, view.encoding, view.is_bigendian, view.step) == (1, 2, "mono8", 1, 2)
     assert bytes(view.data) == b"ab"
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    names,
+    names,
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.sampled_from([(np.uint8, ()), (np.uint8, (3,)), (np.float32, ())]),
+)
+def test_what_is_written_is_what_rclpy_reads(frame_id, encoding, height, width, kind):
+    dtype, channels = kind
+    pixels = np.arange(height * 2 * width * int(np.prod(channels))).reshape(height, 2 * width, *channels).astype(dtype)
+    pixels = pixels[:, ::2]  # not contiguous
+    header = Header(frame_id=frame_id)
+    header.stamp.sec, header.stamp.nanosec = -5, 999_999_999
+    message = deserialize_message(write_image(header, pixels, encoding), Image)
+    step = pixels.dtype.itemsize * width * int(np.prod(channels))
+    assert (message.header, message.encoding) == (header, encoding)
+    assert [getattr(message, name) for name in FIELDS[1:3] + FIELDS[4:]] == [height, width, 0, step]
+    assert bytes(message.data) == pixels.tobytes()
 
 
 @settings(max_examples=100, deadline=None)

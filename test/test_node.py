@@ -23,6 +23,7 @@ from std_msgs.msg import Header  # noqa: E402
 from sparserefine_ros.datasets.classes import CAMVID  # noqa: E402
 from sparserefine_ros.errors import FrameError, ParameterError  # noqa: E402
 from sparserefine_ros.node import labels  # noqa: E402
+from sparserefine_ros.node.cdr import read_message  # noqa: E402
 from sparserefine_ros.node.conversion import fill_image  # noqa: E402
 from sparserefine_ros.node.outputs import Outputs  # noqa: E402
 from sparserefine_ros.node.process import free_domain_id  # noqa: E402
@@ -206,7 +207,8 @@ def test_pictures_are_made_only_while_somebody_looks(bench: Bench, watched: list
     outputs.publish_timing(header, FrameReport(0.5, 1.0, {}), "tiny")
     sent = {name for name, recorder in outputs._images.items() if recorder.sent}
     assert sent == set(watched)
-    assert all(recorder.sent[0].header == header for recorder in outputs._images.values() if recorder.sent)
+    messages = [read_message(recorder.sent[0], Image) for recorder in outputs._images.values() if recorder.sent]
+    assert all(message.header == header for message in messages)
     outputs._images["mask"] = latched = Recorder(0, DurabilityPolicy.TRANSIENT_LOCAL)
     outputs.publish(header, image, bench.segmenter.segment([image])[0], 0.5)
     assert len(latched.sent) == 1, "who comes late gets the last of a latched topic"

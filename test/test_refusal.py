@@ -11,10 +11,12 @@ import pytest
 pytest.importorskip("rclpy")
 
 from rclpy.qos import QoSProfile  # noqa: E402
+from sensor_msgs.msg import Image  # noqa: E402
 from std_msgs.msg import Header  # noqa: E402
 
 from sparserefine_ros.datasets.classes import CITYSCAPES  # noqa: E402
 from sparserefine_ros.errors import FrameError  # noqa: E402
+from sparserefine_ros.node.cdr import read_message  # noqa: E402
 from sparserefine_ros.node.outputs import Outputs  # noqa: E402
 from sparserefine_ros.node.refusal import Refusal, offer  # noqa: E402
 
@@ -66,7 +68,11 @@ def test_what_is_refused_costs_no_other_topic(refusing: str) -> None:
         assert str(caught.value).count(f"/segmentation/{refusing}") == 1
     for topic in TOPICS:
         assert len(made[f"segmentation/{topic}"].taken) == (0 if topic == refusing else 2), topic
-    assert set(bytes(made["segmentation/confidence"].taken[0].data if refusing != "confidence" else b"\xc8")) == {200}
+    assert set(
+        bytes(
+            read_message(made["segmentation/confidence"].taken[0], Image).data if refusing != "confidence" else b"\xc8"
+        )
+    ) == {200}
 
 
 @pytest.mark.parametrize("refusing", ["label_info_json", "timing"])

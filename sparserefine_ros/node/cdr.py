@@ -1,8 +1,9 @@
-"""Serialized images read in place.
+"""Serialized images read in place, and written at once.
 
 rclpy's `deserialize_message` copies a frame twice, 1 to 2 ms for 2 megapixels, and ends the process with a segmentation
 fault on some broken ones: whoever may publish could stop the node. The pixels of a serialized image can be used where
-they are, once every length is found to lie inside the message.
+they are, once every length is found to lie inside the message. Results are written as they go over the wire: rclpy,
+given an Image, fills a second one in C first.
 
 CDR: 4 bytes of encapsulation (00 01 little-endian, 00 00 big-endian), then the fields, each aligned to its size
 counted from there; strings and sequences begin with their length.
@@ -11,9 +12,11 @@ counted from there; strings and sequences begin with their length.
 from __future__ import annotations
 
 import struct
+import sys
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 
@@ -60,6 +63,26 @@ def read_message(frame: bytes, kind: type[Image | CompressedImage]) -> ImageView
         raise FrameError(
             f"serialized {kind.__name__} of {len(frame)} bytes is truncated or corrupt ({error}); check the transport"
         ) from error
+
+
+def write_image(header: Header, image: np.ndarray, encoding: str) -> bytes:
+    """The serialized sensor_msgs/Image of ``image`` ([H, W] or [H, W, C]), with that header. One copy of its pixels."""
+    image = np.ascontiguousarray(image)
+    big = sys.byteorder == "big"
+    order, begin = (">", b"\0\0\0\0") if big else ("<", b"\0\1\0\0")
+    fields = struct.pack(f"{order}iI", header.stamp.sec, header.stamp.nanosec) + _text(header.frame_id, order)
+    fields = _padded(fields) + struct.pack(f"{order}II", *image.shape[:2]) + _text(encoding, order)
+    fields = _padded(fields + bytes([big])) + struct.pack(f"{order}II", image.nbytes // len(image), image.nbytes)
+    return b"".join((begin, fields, image.data))
+
+
+def _text(text: str, order: str) -> bytes:
+    data = text.encode() + b"\0"
+    return struct.pack(f"{order}I", len(data)) + data
+
+
+def _padded(fields: bytes) -> bytes:
+    return fields + bytes(-len(fields) % 4)
 
 
 def _header(frame: bytes, order: str) -> tuple[Header, int]:

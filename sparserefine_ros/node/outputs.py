@@ -14,7 +14,8 @@ from sparserefine_ros.datasets.classes import ClassList
 from sparserefine_ros.errors import FrameError
 from sparserefine_ros.networks.boundaries import draw_boundaries
 from sparserefine_ros.node import labels
-from sparserefine_ros.node.conversion import colourise, fill_image, overlay
+from sparserefine_ros.node.cdr import write_image
+from sparserefine_ros.node.conversion import colourise, overlay
 from sparserefine_ros.node.mask_transport import fill_png, shrink
 from sparserefine_ros.node.qos import QosWatch
 from sparserefine_ros.node.refusal import offer
@@ -105,7 +106,7 @@ class Outputs:
         """Publishes unless nobody could ever get it: to those who come late a latched topic gives the last message."""
         latched = self._images[name].qos_profile.durability == DurabilityPolicy.TRANSIENT_LOCAL
         if latched or self.wanted(name):
-            self._offer(self._images[name], fill_image(Image(), header, image, encoding))
+            self._offer(self._images[name], write_image(header, image, encoding))
 
     def _offer(self, publisher: Any, message: Any) -> None:
         if not offer(publisher, message):
