@@ -82,7 +82,7 @@ def main(args: Sequence[str] | None = None) -> int:
         node = SegmentNode()
         executor = SingleThreadedExecutor()
         executor.add_node(node)
-        # A frame's hand-over from the executor's thread to the worker's waits for this, by default up to 5 ms.
+        # The worker waits this long for the GIL where the executor's thread is busy, by default 5 ms.
         sys.setswitchinterval(0.0005)
         serve = executor.spin_once
 
