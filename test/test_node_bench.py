@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sparserefine_ros import cli
-from sparserefine_ros.benchmarks import budget_live, budget_simulation
+from sparserefine_ros.benchmarks import budget_live, budget_simulation, node_cameras
 from sparserefine_ros.benchmarks.node_overhead import Resources
 
 
@@ -35,10 +35,47 @@ def test_bench_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"| overhead | {result['overhead_ms']['p50']:.2f} |" in said and "96x64 rgb8 at 20 Hz" in said
 
 
+def test_bench_node_of_several_cameras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rclpy")
+    file = tmp_path / "node.json"
+    arguments = ["bench", "node", "--cameras", "3", "--size", "64x96", "--rate", "8", "--duration", "0.5"]
+    assert cli.main([*arguments, "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    rows = result["by_camera"]["cameras"]
+    assert [row["camera"] for row in rows] == ["camera1", "camera2", "camera3"]
+    assert [row["sent"] for row in rows] == [12] * 3  # 1.5 s with the warm-up
+    for row in rows:
+        assert row["received"] == row["processed"] + row["dropped"] <= row["sent"]
+        assert 0 < row["masks"] <= row["processed"] and row["stamp_to_publish_ms"]["p50"] > 0
+    assert result["by_camera"]["strays"] == 0 and result["camera"]["cameras"] == 3
+    assert "8 Hz from each of 3 cameras for 0.5 s" in capsys.readouterr().out
+
+
+def test_cameras_are_told_apart() -> None:
+    pytest.importorskip("rclpy")
+    from sparserefine_ros.node.load import LoadLog
+
+    log = LoadLog(sent=list(range(1, 9)), camera={s: "ab"[s % 2] for s in range(1, 9)})  # a even, b odd
+    log.masks = dict.fromkeys((2, 4, 6, 8, 3, 5), 9)
+    log.timing = {s: {"latency_ms": 10.0 * s} for s in (2, 4, 6, 8, 3)}
+    log.counters = {"a": {"received": 4, "processed": 4, "dropped": 0, "stale": 0}}
+    result = node_cameras.by_camera(log, ["a", "b"], first_ns=3)
+    a, b = result["cameras"]
+    assert (a["sent"], a["masks"], a["processed"], a["dropped"]) == (4, 4, 4, 0)
+    assert (b["sent"], b["masks"], b["processed"], b["dropped"]) == (4, 2, None, None)
+    assert a["stamp_to_publish_ms"]["p50"] == 60 and a["stamp_to_publish_ms"]["max"] == 80  # of 40, 60, 80
+    assert b["stamp_to_publish_ms"]["p50"] == 30 and result["fairness"] == 2
+    assert "| a | 4 | 4 | 0 | 60.0 | 78.0 | 80.0 |\n| b | 4 | – | – | 30.0" in node_cameras.markdown(result)
+    log.masks = {2: 9}
+    starved = node_cameras.by_camera(log, ["a", "b"], first_ns=3)
+    assert starved["fairness"] is None and "starved" in node_cameras.markdown(starved)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["node", "--rate", "0"], "--rate 0"),
+        (["node", "--cameras", "0"], "--cameras 0"),
         (["budget", "--rate", "-1"], "-1"),
     ],
 )

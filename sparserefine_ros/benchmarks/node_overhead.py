@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparserefine_ros.benchmarks import node_cameras
 from sparserefine_ros.datasets.classes import CITYSCAPES
 from sparserefine_ros.errors import SparseRefineError
 from sparserefine_ros.evaluation.bag_messages import image_message
 from sparserefine_ros.evaluation.replay_metrics import percentiles
 from sparserefine_ros.evaluation.report import hardware, versions
 from sparserefine_ros.networks.compact import CompactSegmenter
+from sparserefine_ros.node.parameters import Value
 from sparserefine_ros.node.process import NodeProcess, free_domain_id
 from sparserefine_ros.node.transport import PROFILE_VARIABLES
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
@@ -82,8 +84,11 @@ def write_trivial_bundle(path: Path, size: tuple[int, int]) -> Path:
     return path
 
 
-def measure(size: tuple[int, int], rate_hz: float, duration_s: float) -> dict[str, Any]:
-    """Frames of ``size`` (H, W) rgb8 at ``rate_hz`` for ``duration_s``. Raises NodeError where the node fails."""
+def measure(size: tuple[int, int], rate_hz: float, duration_s: float, cameras: int = 1) -> dict[str, Any]:
+    """Frames of ``size`` (H, W) rgb8 at ``rate_hz`` from each camera for ``duration_s``; the figures are of all.
+
+    Raises NodeError where the node fails.
+    """
     try:
         from sparserefine_ros.node.load import Camera
         from sparserefine_ros.node.replay import ros_versions, transport_environment
@@ -97,10 +102,11 @@ def measure(size: tuple[int, int], rate_hz: float, duration_s: float) -> dict[st
     environment, domain_id = transport_environment(), free_domain_id()
     with tempfile.TemporaryDirectory() as folder:
         bundle = write_trivial_bundle(Path(folder) / "trivial", size)
-        parameters = {"model": str(bundle), "device": "cpu", "threads": 1}
+        names = node_cameras.names(cameras) if cameras > 1 else []
+        parameters: dict[str, Value] = {"model": str(bundle), "device": "cpu", "threads": 1, "cameras": names}
         with (
             NodeProcess(parameters, {}, {**environment, "ROS_DOMAIN_ID": str(domain_id)}) as node,
-            Camera(domain_id, environment) as camera,
+            Camera(domain_id, environment, names=names or [""]) as camera,
         ):
             camera.ready(node.check)
             resources = Resources(node.pid)
@@ -109,13 +115,14 @@ def measure(size: tuple[int, int], rate_hz: float, duration_s: float) -> dict[st
                 node.check()
                 resources.look(now_s)
 
-            count = round((WARMUP_S + duration_s) * rate_hz)
+            count = round((WARMUP_S + duration_s) * rate_hz) * cameras
             log = camera.run(islice(cycle(frames), count), rate_hz, tick)
     first = log.sent[0] + WARMUP_S * 1e9
     sent = [stamp for stamp in log.sent if stamp >= first]
     told = {stamp: log.timing[stamp] for stamp in sent if stamp in log.timing}
     masks = {stamp: log.masks[stamp] for stamp in sent if stamp in log.masks}
     span_s = (max(masks.values()) - min(masks.values())) / 1e9 if len(masks) > 1 else 0.0
+    several = {"by_camera": node_cameras.by_camera(log, names, int(first))} if names else {}
     return {
         "overhead_ms": _percentiles({s: t["latency_ms"] - t["segment_ms"] for s, t in told.items()}),
         "stamp_to_publish_ms": _percentiles({s: t["latency_ms"] for s, t in told.items()}),
@@ -127,8 +134,9 @@ def measure(size: tuple[int, int], rate_hz: float, duration_s: float) -> dict[st
         "wait_ms": _percentiles({s: t["wait_ms"] for s, t in told.items()}),
         "rate_hz": (len(masks) - 1) / span_s if span_s else 0.0,
         "frames": {"sent": len(sent), "masks": len(masks), "lost": len(sent) - len(masks)},
+        **several,
         "camera": {
-            "hz": rate_hz, "size": list(size), "encoding": "rgb8", "duration_s": duration_s,
+            "cameras": cameras, "hz": rate_hz, "size": list(size), "encoding": "rgb8", "duration_s": duration_s,
             "latest_ms": log.late_s * 1e3,
         },
         "transport_profile": _profile({**os.environ, **environment}),
@@ -157,9 +165,10 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(f"| {title} | " + " | ".join(_ms(result[key][p]) for p in ("p50", "p99", "max")) + " |")
     camera, memory, frames = result["camera"], result["memory"], result["frames"]
     height, width = camera["size"]
+    each = f"from each of {camera['cameras']} cameras " if camera["cameras"] > 1 else ""
     lines.append(
         f"\n{frames['masks']} masks of {frames['sent']} frames, {width}x{height} {camera['encoding']} at "
-        f"{camera['hz']:g} Hz for {camera['duration_s']:g} s: {result['rate_hz']:.2f} masks a second; "
+        f"{camera['hz']:g} Hz {each}for {camera['duration_s']:g} s: {result['rate_hz']:.2f} masks a second; "
         f"{result['hardware']['cpu']}, {result['hardware']['cores']} cores, {result['versions']['rmw']}."
     )
     if memory["rss_mb_per_hour"] is not None:
@@ -168,6 +177,8 @@ def markdown(result: dict[str, Any]) -> str:
             f"({memory['rss_mb_per_hour']:+.1f} MB an hour), {memory['handles_first_last'][0]} to "
             f"{memory['handles_first_last'][1]} handles ({memory['handles_per_hour']:+.1f} an hour)."
         )
+    if "by_camera" in result:
+        lines.append("\n" + node_cameras.markdown(result["by_camera"]))
     return "\n".join(lines)
 
 

@@ -116,7 +116,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     runtimes.set_defaults(measure=run_runtimes)
     node = kinds.add_parser("node", help="what the live node adds to a trivial model, and its memory over time")
     add_size(node, "1024x2048", "frames, rgb8")
-    node.add_argument("--rate", type=float, default=30.0, metavar="HZ", help="of the camera (default: 30)")
+    node.add_argument("--rate", type=float, default=30.0, metavar="HZ", help="of each camera (default: 30)")
+    node.add_argument("--cameras", type=int, default=1, metavar="N", help="that share the model (default: 1)")
     node.add_argument("--duration", type=float, default=20.0, metavar="S", help="seconds (default: 20)")
     node.add_argument("--json", type=Path, help="also save the figures here")
     node.set_defaults(measure=run_node)
@@ -324,7 +325,9 @@ def run_node(args: argparse.Namespace) -> int:
 
     if not (args.rate > 0 and args.duration > 0):
         raise ParameterError(f"--rate {args.rate:g} --duration {args.duration:g}: give numbers above 0")
-    result = measure(args.size, args.rate, args.duration)
+    if args.cameras < 1:
+        raise ParameterError(f"--cameras {args.cameras}: give 1 or more")
+    result = measure(args.size, args.rate, args.duration, args.cameras)
     print(markdown(result))
     if args.json:
         save_json(result, args.json)

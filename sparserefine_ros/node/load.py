@@ -1,12 +1,13 @@
-"""A camera of a steady rate and a listener, to measure a live node with. Single-threaded, spun by `run`."""
+"""Cameras of a steady rate and a listener, to measure a live node with. Single-threaded, spun by `run`."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -24,11 +25,14 @@ from sparserefine_ros.evaluation.bag_messages import stamp_ns
 from sparserefine_ros.node.memory import keep_large_buffers
 from sparserefine_ros.node.process import NodeError
 from sparserefine_ros.node.refusal import offer
+from sparserefine_ros.node.status import Counters
 
 RESULTS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
+COUNTERS = Counters().values()
 STAMP_AT = 4  # in a serialized message that begins with a header, after CDR's encapsulation
 DISCOVERY_TIMEOUT_S = 120.0
 SETTLE_S = 0.3
+LAST_S = 1.5  # after the last frame: its mask, and the counters, which come once a second
 
 
 @dataclass
@@ -36,14 +40,18 @@ class LoadLog:
     """What one run saw, by stamp in ns."""
 
     sent: list[int] = field(default_factory=list)
+    camera: dict[int, str] = field(default_factory=dict)  # which sent it
+    strays: int = 0  # masks that came on another camera's topic
     masks: dict[int, int] = field(default_factory=dict)  # when each came, ns of the same clock
     timing: dict[int, dict[str, float]] = field(default_factory=dict)  # what the node says: density, dense_ms, ...
-    late_s: float = 0.0  # how far the camera fell behind its rate at worst
+    late_s: float = 0.0  # how far the cameras fell behind their rate at worst
+    counters: dict[str, dict[str, int]] = field(default_factory=dict)  # by camera: received, processed, dropped, ...
 
 
 class Camera:
     """Publishes on `image`, listens to the mask and the timings of the node `segment`.
 
+    ``names``: of several cameras, as the node's parameter `cameras` has them; they take turns at even distances.
     ``reliable``: as asked by a node that must not lose a frame; else best effort, as cameras publish.
     ``keep`` takes the stamp in ns of every mask and the mask, a serialized sensor_msgs/Image.
     ``environment`` must be set before the first participant of the process exists: it names the transport profile.
@@ -55,10 +63,11 @@ class Camera:
         environment: Mapping[str, str],
         reliable: bool = False,
         keep: Callable[[int, bytes], None] = lambda stamp, mask: None,
+        names: Sequence[str] = ("",),
     ) -> None:
         os.environ.update(environment)
         keep_large_buffers()
-        self._keep = keep
+        self._keep, self._names = keep, names
         self.log = LoadLog()
         self._context = Context()
         # no handler of ours: Ctrl-C stays Python's KeyboardInterrupt
@@ -66,9 +75,15 @@ class Camera:
         self._node = Node("camera", context=self._context, enable_rosout=False)
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self._node)
-        self._images = self._node.create_publisher(Image, "image", RESULTS if reliable else qos_profile_sensor_data)
-        self._masks = self._node.create_subscription(Image, "segmentation/mask", self._on_mask, RESULTS, raw=True)
-        self._timing = self._node.create_subscription(DiagnosticArray, "segmentation/timing", self._on_timing, RESULTS)
+        make, qos = self._node.create_subscription, RESULTS if reliable else qos_profile_sensor_data
+        self._images, self._results = [], []
+        for name in names:
+            base = f"{name}/" if name else ""
+            self._images.append(self._node.create_publisher(Image, f"{base}image", qos))
+            on_mask = partial(self._on_mask, name)
+            self._results.append(make(Image, f"{base}segmentation/mask", on_mask, RESULTS, raw=True))
+            self._results.append(make(DiagnosticArray, f"{base}segmentation/timing", self._on_timing, RESULTS))
+        self._diagnostics = make(DiagnosticArray, "/diagnostics", self._on_diagnostics, RESULTS)
 
     def __enter__(self) -> Camera:
         return self
@@ -83,7 +98,8 @@ class Camera:
     def ready(self, alive: Callable[[], None]) -> None:
         """Waits until the node takes images and gives masks. ``alive`` raises if it has died."""
         deadline = time.monotonic() + DISCOVERY_TIMEOUT_S
-        ends = (self._images.get_subscription_count, self._masks.get_publisher_count, self._timing.get_publisher_count)
+        ends = [image.get_subscription_count for image in self._images]
+        ends += [result.get_publisher_count for result in self._results]
         while not all(count() for count in ends):
             alive()
             if time.monotonic() > deadline:
@@ -94,26 +110,29 @@ class Camera:
     def run(self, frames: Iterable[bytes], rate_hz: float, tick: Callable[[float], None]) -> LoadLog:
         """Sends the serialized ``frames``, each stamped, in place, as it leaves; then waits a little for the last mask.
 
+        Each camera sends at ``rate_hz``; the first frame is the first camera's, the second the second's.
         ``tick`` is called after each frame with the seconds since the start; what it raises ends the run.
         """
         start = time.monotonic()
         for i, frame in enumerate(frames):
-            due = start + i / rate_hz
+            due = start + i / (rate_hz * len(self._names))
             self._spin_until(due)
             self.log.late_s = max(self.log.late_s, time.monotonic() - due)
-            self._stamp(frame)
-            offer(self._images, frame)  # what DDS refuses is lost, as a driver's frame would be
+            camera = i % len(self._names)
+            self._stamp(frame, self._names[camera])
+            offer(self._images[camera], frame)  # what DDS refuses is lost, as a driver's frame would be
             tick(time.monotonic() - start)
-        self._spin_until(time.monotonic() + 1.0)
+        self._spin_until(time.monotonic() + LAST_S)
         return self.log
 
-    def _stamp(self, frame: bytes) -> None:
+    def _stamp(self, frame: bytes, camera: str) -> None:
         """Writes the time into the message where it lies, as a driver does: joining 6 MB would cost half a ms.
 
         The bytes are nobody else's, and rclpy publishes nothing but bytes, so they are written through their address.
         """
         now = time.time_ns()
         self.log.sent.append(now)
+        self.log.camera[now] = camera
         stamp = (now // 10**9).to_bytes(4, "little") + (now % 10**9).to_bytes(4, "little")
         ctypes.memmove(np.frombuffer(frame, np.uint8).ctypes.data + STAMP_AT, stamp, len(stamp))
 
@@ -121,11 +140,18 @@ class Camera:
         while (remaining := deadline - time.monotonic()) > 0:
             self._executor.spin_once(timeout_sec=remaining)
 
-    def _on_mask(self, message: bytes) -> None:
+    def _on_mask(self, camera: str, message: bytes) -> None:
         stamp = stamp_ns(message)
+        self.log.strays += self.log.camera.get(stamp) != camera
         self.log.masks[stamp] = time.time_ns()
         self._keep(stamp, message)
 
     def _on_timing(self, message: Any) -> None:
         stamp = message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
         self.log.timing[stamp] = {row.key: float(row.value) for row in message.status[0].values}
+
+    def _on_diagnostics(self, message: Any) -> None:
+        for status in message.status:
+            camera = status.name.rpartition(": camera ")[2]
+            if camera in self._names:
+                self.log.counters[camera] = {row.key: int(row.value) for row in status.values if row.key in COUNTERS}
