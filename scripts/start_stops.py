@@ -27,12 +27,10 @@ import rclpy  # noqa: E402
 from rclpy.context import Context  # noqa: E402
 from rclpy.lifecycle import TransitionCallbackReturn  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
-from rclpy.serialization import serialize_message  # noqa: E402
-from sensor_msgs.msg import Image  # noqa: E402
 from std_msgs.msg import Header  # noqa: E402
 
 from sparserefine_ros.benchmarks.node_overhead import Resources, write_trivial_bundle  # noqa: E402
-from sparserefine_ros.node.conversion import fill_image  # noqa: E402
+from sparserefine_ros.node.cdr import write_image  # noqa: E402
 from sparserefine_ros.node.process import NodeProcess, free_domain_id  # noqa: E402
 from sparserefine_ros.node.segment_node import SegmentNode  # noqa: E402
 
@@ -65,7 +63,7 @@ def lives(number: int, bundle: Path) -> dict[str, Any]:
         Parameter("model", value=str(bundle)), Parameter("device", value="cpu"), Parameter("threads", value=1),
     ]  # fmt: skip
     node = SegmentNode(context=context, parameter_overrides=overrides)
-    frame = serialize_message(fill_image(Image(), Header(), np.full((*SIZE, 3), 99, np.uint8), "rgb8"))
+    frame = write_image(Header(), np.full((*SIZE, 3), 99, np.uint8), "rgb8")
     seen = Resources(os.getpid())
     start = time.monotonic()
     for done in range(number):

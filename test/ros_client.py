@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import rclpy
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
@@ -131,3 +133,16 @@ def isolated(log: Path) -> Iterator[int]:
         for name, value in variables.items():
             patch.setenv(name, value)
         yield free_domain_id()
+
+
+def fill_image(message: Any, header: Any, image: np.ndarray, encoding: str) -> Any:
+    """Puts ``image`` ([H, W] or [H, W, C]) into a sensor_msgs/Image and returns it.
+
+    rclpy would visit every byte of an array assigned to `data` from Python: 600 ms for 6 MB.
+    """
+    image = np.ascontiguousarray(image)
+    message.header, message.encoding = header, encoding
+    message.height, message.width = image.shape[:2]
+    message.step = image.nbytes // image.shape[0]
+    message.data = array("B", image.tobytes())
+    return message

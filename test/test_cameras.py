@@ -20,6 +20,7 @@ from rclpy.context import Context  # noqa: E402
 from rclpy.lifecycle import TransitionCallbackReturn  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 from rclpy.serialization import serialize_message  # noqa: E402
+from ros_client import fill_image  # noqa: E402
 from sensor_msgs.msg import Image  # noqa: E402
 from std_msgs.msg import Header  # noqa: E402
 from std_srvs.srv import SetBool  # noqa: E402
@@ -27,7 +28,6 @@ from std_srvs.srv import SetBool  # noqa: E402
 from sparserefine_ros.datasets.classes import CAMVID  # noqa: E402
 from sparserefine_ros.errors import BundleError, FrameError, ParameterError  # noqa: E402
 from sparserefine_ros.node import rig  # noqa: E402
-from sparserefine_ros.node.conversion import fill_image  # noqa: E402
 from sparserefine_ros.node.device_health import device_health, free_memory  # noqa: E402
 from sparserefine_ros.node.percentiles import StageWindow  # noqa: E402
 from sparserefine_ros.node.process import free_domain_id  # noqa: E402

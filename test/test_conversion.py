@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparserefine_ros.errors import FrameError
-from sparserefine_ros.node.conversion import colourise, fill_image, overlay, to_rgb
+from sparserefine_ros.node.conversion import colourise, overlay, to_rgb
 from sparserefine_ros.node.encodings import ENCODINGS
 
 
@@ -297,38 +297,6 @@ def test_any_damaged_compressed_image_gives_an_image_or_a_frame_error(source, da
     except FrameError:
         return
     assert result.ndim == 3 and result.shape[2] == 3 and result.dtype == np.uint8
-
-
-@pytest.mark.parametrize(
-    ("image", "encoding", "step"),
-    [
-        (GRAY, "mono8", 8),
-        (RGB, "rgb8", 24),
-        (RNG.random((6, 8), dtype=np.float32), "32FC1", 32),
-        (RGB[:, ::2], "rgb8", 12),
-        (GRAY.T, "mono8", 6),
-    ],
-    ids=["mono8", "rgb8", "32FC1", "strided", "transposed"],
-)
-def test_fill_image_round_trips(image, encoding, step):
-    header = object()
-    message = fill_image(SimpleNamespace(), header, image, encoding)
-    assert message.header is header
-    assert (message.height, message.width, message.step) == (*image.shape[:2], step)
-    assert message.encoding == encoding
-    assert message.data.typecode == "B"
-    back = np.frombuffer(message.data, image.dtype).reshape(image.shape)
-    np.testing.assert_array_equal(back, image)
-
-
-def test_fill_image_fills_a_real_ros_message():
-    messages = pytest.importorskip("sensor_msgs.msg")
-    headers = pytest.importorskip("std_msgs.msg")
-    header = headers.Header(frame_id="camera_optical")
-    header.stamp.sec, header.stamp.nanosec = 12, 34
-    message = fill_image(messages.Image(), header, RGB, "rgb8")
-    assert message.header == header
-    np.testing.assert_array_equal(to_rgb(message), RGB)
 
 
 def test_colourise_looks_every_id_up():

@@ -17,12 +17,11 @@ pytest.importorskip("rclpy")
 import test_cameras  # noqa: E402
 from diagnostic_msgs.msg import DiagnosticArray  # noqa: E402
 from rclpy.serialization import serialize_message  # noqa: E402
-from ros_client import Client, isolated  # noqa: E402
+from ros_client import Client, fill_image, isolated  # noqa: E402
 from sensor_msgs.msg import Image  # noqa: E402
 from std_msgs.msg import Header  # noqa: E402
 from test_cameras import Bench  # noqa: E402
 
-from sparserefine_ros.node.conversion import fill_image  # noqa: E402
 from sparserefine_ros.node.encodings import ENCODINGS  # noqa: E402
 from sparserefine_ros.node.process import NodeProcess  # noqa: E402
 from sparserefine_ros.segmenter.bundle import Bundle  # noqa: E402

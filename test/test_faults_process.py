@@ -21,12 +21,11 @@ import pytest
 
 rclpy = pytest.importorskip("rclpy")
 
-from ros_client import RELIABLE, Client, isolated  # noqa: E402
+from ros_client import RELIABLE, Client, fill_image, isolated  # noqa: E402
 from sensor_msgs.msg import Image  # noqa: E402
 from std_msgs.msg import Header  # noqa: E402
 
 from sparserefine_ros.benchmarks.node_overhead import Resources  # noqa: E402
-from sparserefine_ros.node.conversion import fill_image  # noqa: E402
 from sparserefine_ros.node.process import NodeProcess  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -23,13 +23,13 @@ import test_cameras  # noqa: E402
 from rclpy.lifecycle import TransitionCallbackReturn  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 from rclpy.serialization import serialize_message  # noqa: E402
+from ros_client import fill_image  # noqa: E402
 from sensor_msgs.msg import Image  # noqa: E402
 from std_msgs.msg import Header  # noqa: E402
 from test_cameras import Bench, rows  # noqa: E402
 
 from sparserefine_ros import native  # noqa: E402
 from sparserefine_ros.errors import BundleError, FrameError  # noqa: E402
-from sparserefine_ros.node.conversion import fill_image  # noqa: E402
 from sparserefine_ros.node.model import is_out_of_memory  # noqa: E402
 from sparserefine_ros.node.segment_node import SegmentNode  # noqa: E402
 from sparserefine_ros.segmenter import export, head, onnx_dense  # noqa: E402

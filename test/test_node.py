@@ -17,6 +17,7 @@ from rclpy.context import Context  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 from rclpy.qos import DurabilityPolicy, QoSProfile  # noqa: E402
 from rclpy.serialization import serialize_message  # noqa: E402
+from ros_client import fill_image  # noqa: E402
 from sensor_msgs.msg import Image  # noqa: E402
 from std_msgs.msg import Header  # noqa: E402
 
@@ -24,7 +25,6 @@ from sparserefine_ros.datasets.classes import CAMVID  # noqa: E402
 from sparserefine_ros.errors import FrameError, ParameterError  # noqa: E402
 from sparserefine_ros.node import labels  # noqa: E402
 from sparserefine_ros.node.cdr import read_message  # noqa: E402
-from sparserefine_ros.node.conversion import fill_image  # noqa: E402
 from sparserefine_ros.node.outputs import Outputs  # noqa: E402
 from sparserefine_ros.node.process import free_domain_id  # noqa: E402
 from sparserefine_ros.node.qos import QosWatch  # noqa: E402

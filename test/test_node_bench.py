@@ -65,7 +65,7 @@ def test_cameras_are_told_apart() -> None:
     assert (b["sent"], b["masks"], b["processed"], b["dropped"]) == (4, 2, None, None)
     assert a["stamp_to_publish_ms"]["p50"] == 60 and a["stamp_to_publish_ms"]["max"] == 80  # of 40, 60, 80
     assert b["stamp_to_publish_ms"]["p50"] == 30 and result["fairness"] == 2
-    assert "| a | 4 | 4 | 0 | 60.0 | 78.0 | 80.0 |\n| b | 4 | – | – | 30.0" in node_cameras.markdown(result)
+    assert "| a | 4 | 4 | 4 | 0 | 60.0 | 78.0 | 80.0 |\n| b | 4 | – | – | – | 30.0" in node_cameras.markdown(result)
     log.masks = {2: 9}
     starved = node_cameras.by_camera(log, ["a", "b"], first_ns=3)
     assert starved["fairness"] is None and "starved" in node_cameras.markdown(starved)

@@ -22,13 +22,13 @@ pytest.importorskip("rclpy")
 
 from diagnostic_msgs.msg import DiagnosticArray  # noqa: E402
 from rcl_interfaces.srv import DescribeParameters  # noqa: E402
-from ros_client import LATCHED, Client, double, isolated, text  # noqa: E402
+from ros_client import LATCHED, Client, double, fill_image, isolated, text  # noqa: E402
 from sensor_msgs.msg import CompressedImage, Image  # noqa: E402
 from std_msgs.msg import Header, String  # noqa: E402
 
 from sparserefine_ros.datasets.classes import CAMVID  # noqa: E402
 from sparserefine_ros.networks.boundaries import draw_boundaries  # noqa: E402
-from sparserefine_ros.node.conversion import fill_image, overlay  # noqa: E402
+from sparserefine_ros.node.conversion import overlay  # noqa: E402
 from sparserefine_ros.node.process import NodeProcess  # noqa: E402
 from sparserefine_ros.segmenter.bundle import Bundle  # noqa: E402
 from sparserefine_ros.segmenter.segmenter import Segmenter  # noqa: E402

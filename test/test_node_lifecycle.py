@@ -21,12 +21,11 @@ from lifecycle_msgs.msg import Transition  # noqa: E402
 from lifecycle_msgs.srv import ChangeState, GetState  # noqa: E402
 from rcl_interfaces.msg import ParameterType, ParameterValue  # noqa: E402
 from rclpy.time import Time  # noqa: E402
-from ros_client import RELIABLE, Client, isolated, text  # noqa: E402
+from ros_client import RELIABLE, Client, fill_image, isolated, text  # noqa: E402
 from sensor_msgs.msg import Image  # noqa: E402
 from std_msgs.msg import Header  # noqa: E402
 from std_srvs.srv import SetBool  # noqa: E402
 
-from sparserefine_ros.node.conversion import fill_image  # noqa: E402
 from sparserefine_ros.node.process import NodeProcess  # noqa: E402
 from sparserefine_ros.node.refusal import offer  # noqa: E402
 from sparserefine_ros.segmenter.bundle import Bundle  # noqa: E402

@@ -45,9 +45,12 @@ def by_camera(log: LoadLog, cameras: list[str], first_ns: int) -> dict[str, Any]
 
 def markdown(result: dict[str, Any]) -> str:
     """A row for each camera."""
-    lines = ["| camera | sent | processed | dropped | p50 ms | p95 ms | max ms |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| camera | sent | received | processed | dropped | p50 ms | p95 ms | max ms |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in result["cameras"]:
-        counts = [_or_dash(row[name]) for name in ("sent", "processed", "dropped")]
+        counts = [_or_dash(row[name]) for name in ("sent", *COUNTERS)]
         latency = [row["stamp_to_publish_ms"][p] for p in ("p50", "p95", "max")]
         lines.append(
             f"| {row['camera']} | " + " | ".join([*counts, *("–" if v is None else f"{v:.1f}" for v in latency)]) + " |"
