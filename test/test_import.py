@@ -10,68 +10,33 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from official_names import drawn
+from official_names import offseg as official_offseg
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparserefine_ros.cli import main
 from sparserefine_ros.datasets.classes import CAMVID
 from sparserefine_ros.errors import BundleError
-from sparserefine_ros.networks.offseg import OffSeg
 from sparserefine_ros.networks.registry import DENSE, build
 from sparserefine_ros.segmenter.bundle import Bundle, load_network
-from sparserefine_ros.segmenter.importing import REPORT, import_checkpoint, read_checkpoint, read_renames, rename
+from sparserefine_ros.segmenter.checkpoints import read_checkpoint
+from sparserefine_ros.segmenter.importing import REPORT, fill, import_checkpoint, read_renames, rename
 from sparserefine_ros.segmenter.mmseg_names import ARCHITECTURES
 from sparserefine_ros.segmenter.segmenter import Segmenter
 
 SIZE = (64, 96)
 
 
-def offseg_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An OffSeg's weights under the names of EfficientFormerV2's published segmentation code and of mmseg's head."""
-    parts = {"0.0": "fc1", "0.1": "norm1", "1.0": "mid", "1.1": "mid_norm", "2.0": "fc2", "2.1": "norm2"}
-    renamed = {}
-    for key, tensor in state.items():
-        words = key.split(".")
-        if words[0] == "squeeze":
-            name = "decode_head.squeeze." + {"0": "conv", "1": "gn"}[words[1]] + "." + words[2]
-        elif words[0] != "encoder":
-            name = f"decode_head.{key}"
-        elif words[1] == "stem":
-            name = f"backbone.patch_embed.{3 * int(words[2]) + int(words[3])}.{words[4]}"
-        elif words[1] == "stages":
-            rest = ".".join(words[4:]).replace("scale_attention", "layer_scale_1").replace("scale_mlp", "layer_scale_2")
-            if words[4] == "mlp":
-                rest = f"mlp.{parts['.'.join(words[5:7])]}.{words[7]}"
-            name = f"backbone.network.{2 * int(words[2])}.{words[3]}." + attention_name(rest)
-        elif words[3] == "conv":
-            both = ("conv", "bn") if words[2] == "2" else ("proj", "norm")
-            name = f"backbone.network.{2 * int(words[2]) + 1}.{both[int(words[4])]}.{words[5]}"
-        else:
-            name = "backbone.network.5." + attention_name(".".join(words[3:]), "attn", lgq=True)
-        renamed[name] = tensor
-        if name.endswith("attention_biases_seg"):  # what the published code keeps beside it
-            renamed[name.removesuffix("_seg")] = torch.zeros(8, 49)
-            renamed[name.replace("biases_seg", "bias_idxs_seg")] = torch.zeros(4, 4, dtype=torch.long)
-            renamed[name.replace("biases_seg", "bias_idxs")] = torch.ones(49, 49, dtype=torch.long)
-    return renamed
-
-
-def attention_name(name: str, prefix: str = "token_mixer", lgq: bool = False) -> str:
-    words = name.split(".")
-    if words[0] != "attention":
-        return name
-    if words[1] == "proj":
-        words[2] = str(int(words[2]) + 1)
-    if lgq and words[1] == "q":
-        words.insert(2, "proj")
-    known = {
-        "q_local": "q.local.0",
-        "shrink": "stride_conv",
-        "talk_before": "talking_head1",
-        "talk_after": "talking_head2",
-    }
-    words[1] = known.get(words[1], words[1])
-    return ".".join([prefix, *words[1:]]).replace("bias.table", "attention_biases_seg")
+def offset_names(key: str) -> str:
+    """The last layer's name in mmseg: of a plain classifier, or of the official release's offset learning."""
+    for ours, theirs in {
+        r"^classifier\.(weight|bias)": r"conv_seg.\1", r"^classifier\.embeddings": "offset_learning.cls_repr",
+        r"^classifier\.norm": "offset_learning.mask_norm", r"^classifier\.offset\.class_offset":
+        "offset_learning.cls_offset_proj", r"^classifier\.offset\.feature_offset": "offset_learning.feat_offset_proj",
+    }.items():  # fmt: skip
+        key = re.sub(ours, theirs, key)
+    return f"decode_head.{key}"
 
 
 def segformer_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -97,10 +62,9 @@ def segformer_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 name = f"{third[1]}.attn.attn.in_proj_{third[3]}"
                 tensor = torch.cat([renamed[name], tensor]) if name in renamed else tensor
         else:
-            name = "decode_head." + re.sub(r"^levels\.", "convs.", key).replace("fusion.", "fusion_conv.")
+            name = offset_names(re.sub(r"^levels\.", "convs.", key).replace("fusion.", "fusion_conv."))
             name = re.sub(r"((?:convs\.\d|fusion_conv))\.0\.", r"\1.conv.", name)
             name = re.sub(r"((?:convs\.\d|fusion_conv))\.1\.", r"\1.bn.", name)
-            name = re.sub(r"classifier\.(weight|bias)", r"conv_seg.\1", name)
         renamed[name] = tensor
     return renamed
 
@@ -130,9 +94,7 @@ def segnext_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
         elif words[0] == "ham_in":
             name = f"decode_head.hamburger.ham_in.conv.{words[1]}"
         elif words[0] == "classifier":
-            name = f"decode_head.{key}".replace("classifier.weight", "conv_seg.weight").replace(
-                "classifier.bias", "conv_seg.bias"
-            )
+            name = offset_names(key)
         else:
             inner = "hamburger.ham_out" if words[0] == "ham_out" else words[0]
             name = f"decode_head.{inner}." + {"0": "conv", "1": "gn"}[words[1]] + "." + words[2]
@@ -144,7 +106,7 @@ def random_network(network: str, **args: object) -> nn.Module:
     torch.manual_seed(0)
     module: nn.Module = build(DENSE, network, len(CAMVID), args)
     for name, tensor in module.state_dict().items():
-        if name.endswith(("running_mean", "table", "bias", "scale_attention", "scale_mlp")):
+        if name.endswith(("running_mean", "bias", "scale_attention", "scale_mlp")):
             tensor.normal_(std=0.2)
         elif name.endswith(("running_var", "norm.weight")):
             tensor.uniform_(0.5, 1.5)
@@ -152,13 +114,16 @@ def random_network(network: str, **args: object) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def offseg() -> nn.Module:
-    return random_network("offseg", variant="T", resolution=64)
+def weights() -> dict[str, Tensor]:
+    """Of an OffSeg-T, as the official release names them."""
+    return {k: t.float() if t.is_floating_point() else t for k, t in drawn(official_offseg("t", len(CAMVID))).items()}
 
 
-@pytest.fixture
-def weights(offseg: nn.Module) -> dict[str, Tensor]:
-    return offseg_names(offseg.state_dict())
+@pytest.fixture(scope="module")
+def offseg(weights: dict[str, Tensor]) -> nn.Module:
+    module: nn.Module = build(DENSE, "offseg", len(CAMVID), {"variant": "T"})
+    fill(module, *rename(weights, ARCHITECTURES["offseg-t"]), "the test's weights")
+    return module.eval()
 
 
 def same(folder: Path, module: nn.Module) -> None:
@@ -179,7 +144,7 @@ def test_offseg_round_trip(form: str, offseg: nn.Module, weights: dict[str, Tens
     else:
         torch.save({"meta": {"epoch": 1}, "state_dict": weights} if form == "mmengine" else weights, file)
     bundle = import_checkpoint(file, "offseg-t", CAMVID, tmp_path / "models" / "mine", SIZE)
-    assert bundle.dense.args == {"variant": "T", "resolution": 64} and bundle.name == "mine"
+    assert bundle.dense.args == {"variant": "T", "resolution": 512} and bundle.name == "mine"
     assert Bundle.load(bundle.path) == bundle
     same(bundle.path, offseg)
 
@@ -187,31 +152,15 @@ def test_offseg_round_trip(form: str, offseg: nn.Module, weights: dict[str, Tens
     assert len(report) == len(weights)  # one line a weight
     assert "backbone.patch_embed.0.weight -> encoder.stem.0.0.weight (renamed)" in report
     assert "backbone.network.5.attn.q.local.0.weight -> encoder.downs.2.attention.q_local.weight (renamed)" in report
-    unneeded = [line for line in report if "not needed" in line]
-    assert len(unneeded) == 15 and all("attention_bias" in line for line in unneeded)  # five tables of bias
-
-
-def test_published_encoder_names_are_known(weights: dict[str, Tensor]) -> None:
-    """Keys and shapes of OffSeg-T's encoder, EfficientFormerV2-S1, as its published segmentation code builds them."""
-    for key, shape in {
-        "backbone.patch_embed.3.weight": (32, 16, 3, 3),
-        "backbone.network.0.2.mlp.mid_norm.running_mean": (128,),
-        "backbone.network.0.2.layer_scale_2": (32, 1, 1),
-        "backbone.network.3.proj.weight": (120, 48, 3, 3),
-        "backbone.network.4.8.token_mixer.stride_conv.0.weight": (120, 1, 3, 3),
-        "backbone.network.4.7.token_mixer.q.0.weight": (256, 120, 1, 1),
-        "backbone.network.4.8.token_mixer.v_local.1.weight": (1024,),
-        "backbone.network.4.8.token_mixer.proj.1.weight": (120, 1024, 1, 1),
-        "backbone.network.4.8.layer_scale_1": (120, 1, 1),
-        "backbone.network.5.attn.q.proj.0.weight": (128, 120, 1, 1),
-        "backbone.network.5.attn.v_local.0.weight": (512, 1, 3, 3),
-        "backbone.network.5.attn.attention_biases_seg": (8, 16),
-        "backbone.network.5.bn.weight": (224,),
-        "backbone.network.6.5.mlp.fc1.weight": (896, 224, 1, 1),
-        "backbone.network.6.3.mlp.fc1.weight": (672, 224, 1, 1),
-        "backbone.network.6.4.token_mixer.talking_head2.bias": (8,),
-    }.items():
-        assert weights[key].shape == shape, key
+    assert "decode_head.freqfusions.0.dysampler.hr_offset.bias -> fuse.2.direction_fine.bias (renamed)" in report
+    unneeded = [line.split(" -> ")[0] for line in report if "not needed" in line]
+    tables = [key for key in unneeded if "attention_bias" in key]
+    assert len(tables) == 15  # three of each of five attentions
+    assert sorted(set(unneeded) - set(tables)) == [
+        "decode_head.conv_seg.bias", "decode_head.conv_seg.weight",
+        *(f"decode_head.freqfusions.{i}.{name}" for i in range(3)
+          for name in ("dysampler.init_pos", "hamming_highpass", "hamming_lowpass")),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("network", "offsets"), [("segformer-b0", False), ("segformer-ol-b0", True)])
@@ -281,12 +230,12 @@ def test_left_over_missing_and_misshapen_weights(weights: dict[str, Tensor], tmp
         {"decode_head.extra": torch.zeros(1)},
         r"1 weights left over \(decode_head.extra\); 0 weights missing.*--renames",
     )
-    attempt({"decode_head.squeeze.gn.bias": None}, r"0 weights left over; 1 weights missing \(squeeze.1.bias\)")
+    attempt({"decode_head.align.gn.bias": None}, r"0 weights left over; 1 weights missing \(align.1.bias\)")
     attempt({"backbone.network.6.5.token_mixer.attention_biases_seg": None}, "weights missing .*stages.3.5")
-    attempt({"decode_head.squeeze.gn.bias": torch.zeros(8)}, r"squeeze.1.bias' has shape \(8,\), needed is \(256,\)")
-    attempt({"squeeze.0.weight": torch.zeros(1)}, "two weights become 'squeeze.0.weight'")
-    too_many = {"decode_head.classifier.embeddings": torch.zeros(150, 256)}
-    attempt(too_many, r"with the 11 classes of 'camvid': .*\(150, 256\), needed is \(11, 256\).*number of classes")
+    attempt({"decode_head.align.gn.bias": torch.zeros(8)}, r"align.1.bias' has shape \(8,\), needed is \(256,\)")
+    attempt({"align.0.weight": torch.zeros(1)}, "two weights become 'align.0.weight'")
+    too_many = {"decode_head.offset_learning.cls_repr": torch.zeros(1, 150, 256)}
+    attempt(too_many, r"with the 11 classes of 'camvid': .*\(1, 150, 256\), needed is \(11, 256\).*number of classes")
     many = {f"decode_head.unknown{i}": torch.zeros(1) for i in range(30)}
     attempt(many, "30 weights left over .*unknown11 and 18 more")
 
@@ -334,17 +283,17 @@ def test_command_renames_and_segments(
 ) -> None:
     """Names that the built-in table does not know come from a file; the bundle runs."""
     save_file(
-        {k.replace("decode_head.fuse", "decode_head.ff"): v.contiguous() for k, v in weights.items()},
+        {k.replace("decode_head.freqfusions", "decode_head.ff"): v.contiguous() for k, v in weights.items()},
         tmp_path / "w.safetensors",
     )
     (tmp_path / "classes.yaml").write_text(
         yaml.safe_dump({"name": "mine", "names": list(CAMVID.names), "palette": [list(c) for c in CAMVID.palette]})
     )
-    words = ["import", str(tmp_path / "w.safetensors"), "--network", "offseg-t", "--name", "mine"]
+    words = ["import", str(tmp_path / "w.safetensors"), "--name", "mine"]
     words += ["--models", str(tmp_path), "--classes", str(tmp_path / "classes.yaml"), "--native-size", "64", "96"]
     assert main(words) == 2
-    assert "decode_head.ff.0.compress_fine.weight" in capsys.readouterr().err
-    (tmp_path / "renames.yaml").write_text(yaml.safe_dump([["^decode_head.ff", "decode_head.fuse"]]))
+    assert "decode_head.ff.0.content_encoder.bias" in capsys.readouterr().err
+    (tmp_path / "renames.yaml").write_text(yaml.safe_dump([["^decode_head.ff", "decode_head.freqfusions"]]))
     assert main([*words, "--renames", str(tmp_path / "renames.yaml")]) == 0
     same(tmp_path / "mine", offseg)
     assert "(renamed)" in (tmp_path / "mine" / REPORT).read_text()
@@ -370,15 +319,8 @@ def test_unknown_network_and_missing_package(tmp_path: Path, monkeypatch: pytest
         import_checkpoint(tmp_path / "w.pth", "segformer-b0", CAMVID, tmp_path / "mine", SIZE)
 
 
-def test_every_architecture_is_registered_and_every_offseg_comes_through() -> None:
+def test_every_architecture_is_registered() -> None:
     assert {a.network for a in ARCHITECTURES.values()} <= set(DENSE)
-    for variant in "BL":
-        with torch.device("meta"):
-            state = OffSeg(19, variant, 512).state_dict()
-        architecture = ARCHITECTURES[f"offseg-{variant.lower()}"]
-        renamed, _ = rename(offseg_names(state), architecture)
-        assert renamed.keys() == state.keys()
-        assert architecture.args(renamed) == {"variant": variant, "resolution": 512}
 
 
 def test_old_torch_is_not_trusted_with_a_pth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,31 +57,38 @@ def test_encoder_has_the_parameters_of_the_published_ones(size: str, expected: i
     assert (expected + 2 * (width + 1) * 1000 + 2 * width) / 1e6 == pytest.approx(published, rel=0.015)
 
 
-@pytest.mark.parametrize(("variant", "millions", "gmacs"), [("T", 6.2, 5.3), ("B", 13.0, 10.3), ("L", 26.4, 17.1)])
-def test_totals_match_the_paper(variant: str, millions: float, gmacs: float) -> None:
-    """At K = 150 and 512 x 512, as for ADE20K."""
+@pytest.mark.parametrize(
+    ("variant", "millions", "gmacs"), [("T", 6.2, 9.38898432), ("B", 13.0, 14.657097728), ("L", 26.4, 21.797044224)]
+)
+def test_totals_match_the_paper_and_the_published_code(variant: str, millions: float, gmacs: float) -> None:
+    """At K = 150 and 512 x 512, as for ADE20K: the paper's parameters, and what torch counts in the published code.
+
+    The paper counts 5.3, 10.3 and 17.1 G; the convolutions and linear layers of that code alone are 6.0, 10.5 and 17.3.
+    """
     with torch.device("meta"):
         network = OffSeg(150, variant).eval()
         images = torch.empty(1, 3, 512, 512)
     assert parameters(network) / 1e6 == pytest.approx(millions, rel=0.03)
+    n, k, c = 128 * 128, 150, 256
+    saved = n * (k * c + c * c - k * k) - k * c * c - k * k * c  # feature offsets never exist here, see `offset`
     with torch.no_grad():
-        assert dense_macs(lambda: network(images)) / 1e9 == pytest.approx(gmacs, rel=0.05)
+        assert dense_macs(lambda: network(images)) == pytest.approx(gmacs * 1e9 - saved, rel=1e-6)
 
 
 @pytest.mark.parametrize(("size", "stride"), [((3, 3), 1), ((3, 3), 2), ((4, 2), 1), ((5, 6), 2), ((1, 1), 2)])
 def test_relative_bias_depends_on_distances_alone(size: tuple[int, int], stride: int) -> None:
+    """On its own size; on others that matrix is resized as an image."""
     bias = RelativeBias(3).double()
     nn.init.normal_(bias.table)
-    table = bias.table.view(1, HEADS, 3, 3)
+    table = bias.table.view(HEADS, 3, 3)
+    queries = [(y, x) for y in range(0, 3, stride) for x in range(0, 3, stride)]
+    expected = torch.stack(
+        [torch.stack([table[:, abs(y - v), abs(x - u)] for v in range(3) for u in range(3)], 1) for y, x in queries], 1
+    )
     if size != (3, 3):
-        table = F.interpolate(table, size, mode="bilinear", align_corners=True)
-    result = bias(*size, stride=stride)
-    positions = [(y, x) for y in range(size[0]) for x in range(size[1])]
-    queries = [(y, x) for y in range(0, size[0], stride) for x in range(0, size[1], stride)]
-    assert result.shape == (HEADS, len(queries), len(positions))
-    for i, (y, x) in enumerate(queries):
-        for j, (v, u) in enumerate(positions):
-            assert torch.equal(result[:, i, j], table[0, :, abs(y - v), abs(x - u)])
+        shape = (len(range(0, size[0], stride)) * len(range(0, size[1], stride)), size[0] * size[1])
+        expected = F.interpolate(expected[None], shape, mode="bicubic", align_corners=False)[0]
+    torch.testing.assert_close(bias(*size, stride=stride), expected, rtol=0, atol=0)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, talk: tuple[nn.Conv2d, nn.Conv2d] | None) -> Tensor:
@@ -132,7 +139,7 @@ def unfolded_sums(x: Tensor, weights: Tensor) -> Tensor:
     """CARAFE with all k k copies: neighbourhoods of the coarse map, each repeated for the fine positions above it."""
     batch, channels, h, w = x.shape
     k = int(weights.shape[1] ** 0.5)
-    copies = F.unfold(F.pad(x, (k // 2,) * 4, mode="replicate"), k).view(batch, channels, k * k, h, w)
+    copies = F.unfold(x, k, padding=k // 2).view(batch, channels, k * k, h, w)
     height, width = weights.shape[-2:]
     rows = torch.arange(height) // (1 if height == h else 2)
     columns = torch.arange(width) // (1 if width == w else 2)
@@ -170,9 +177,10 @@ def test_similarity_and_resampling() -> None:
     x = torch.randn(1, 4, 3, 5, dtype=torch.float64)
     similarity = neighbour_similarity(x)
     assert similarity.shape == (1, 8, 3, 5)
-    expected = F.cosine_similarity(x[0, :, 1, 2], x[0, :, 0, 1], 0)
-    torch.testing.assert_close(similarity[0, 0, 1, 2], expected)  # up and to the left
-    torch.testing.assert_close(similarity[0, 4, 1, 2], F.cosine_similarity(x[0, :, 1, 2], x[0, :, 1, 3], 0))
+    expected = F.cosine_similarity(x[0, :, 2, 2], x[0, :, 0, 0], 0)
+    torch.testing.assert_close(similarity[0, 0, 2, 2], expected)  # two up and two to the left
+    torch.testing.assert_close(similarity[0, 4, 1, 2], F.cosine_similarity(x[0, :, 1, 2], x[0, :, 1, 4], 0))
+    assert (similarity[0, :3, 1] == 0).all() and (similarity[0, 4, :, 3:] == 0).all()  # past the border
 
     offsets = torch.zeros(1, 4, 3, 5, dtype=torch.float64)
     torch.testing.assert_close(resample(x, offsets), x)
@@ -187,15 +195,30 @@ def test_similarity_and_resampling() -> None:
 @torch.no_grad()
 def test_fusion_starts_as_a_mean_upsampled_and_sharpening() -> None:
     torch.manual_seed(0)
-    fusion = FreqFusion(8, 12).double()
-    for conv in (fusion.low_pass, fusion.high_pass, fusion.direction):
+    fusion = FreqFusion(8, 24).double()
+    for conv in (fusion.low_pass, fusion.high_pass, fusion.direction_fine, fusion.direction_coarse):
         nn.init.zeros_(conv.weight)
-    fine, coarse = torch.randn(2, 8, 7, 6).double(), torch.randn(2, 12, 4, 3).double()
+    fine, coarse = torch.randn(2, 8, 7, 6).double(), torch.randn(2, 24, 4, 3).double()
     sharp, smooth = fusion(fine, coarse)
-    padded = F.pad(coarse, (2, 2, 2, 2), mode="replicate")
-    mean = F.interpolate(F.avg_pool2d(padded, 5, 1), scale_factor=2)[..., :7, :6]
+    mean = F.interpolate(F.avg_pool2d(coarse, 5, 1, padding=2), scale_factor=2)[..., :7, :6]
     torch.testing.assert_close(smooth, mean)
-    torch.testing.assert_close(sharp, fine + (fine - F.avg_pool2d(F.pad(fine, (1,) * 4, mode="replicate"), 3, 1)))
+    torch.testing.assert_close(sharp, fine + (fine - F.avg_pool2d(fine, 3, 1, padding=1)))
+
+
+@torch.no_grad()
+def test_displacements_are_read_from_both_maps_in_coarse_pixels() -> None:
+    """Biases alone: each of the four fine positions over a coarse one has a displacement of its own, by group."""
+    fusion = FreqFusion(8, 24).double()
+    for conv in (fusion.direction_fine, fusion.direction_coarse, fusion.magnitude_fine, fusion.magnitude_coarse):
+        nn.init.zeros_(conv.weight)
+        nn.init.normal_(conv.bias)
+    found = fusion._displacements(torch.randn(1, 8, 3, 4).double(), torch.randn(1, 8, 2, 2).double())
+    assert found.shape == (1, 8, 3, 4)
+    for channel, row, column in ((0, 0, 0), (3, 1, 2), (4, 2, 1), (7, 1, 3)):
+        inner = 4 * channel + 2 * (row % 2) + column % 2
+        magnitude = fusion.magnitude_fine.bias[channel] + fusion.magnitude_coarse.bias[inner]
+        expected = (fusion.direction_fine.bias[channel] + fusion.direction_coarse.bias[inner]) * magnitude.sigmoid()
+        torch.testing.assert_close(found[0, channel, row, column], expected)
 
 
 def test_interleaving_is_by_quarters() -> None:
@@ -204,7 +227,7 @@ def test_interleaving_is_by_quarters() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", [(1, 1), (33, 95), (64, 64)])
+@pytest.mark.parametrize("size", [(9, 9), (33, 95), (64, 64)])
 def test_any_size_channels_last_and_batches(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     network = randomise(OffSeg(5, resolution=64))
@@ -218,14 +241,14 @@ def test_any_size_channels_last_and_batches(size: tuple[int, int]) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 0.02), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 0.005), (torch.bfloat16, 0.03)])
 def test_reduced_precision_stays_close(dtype: torch.dtype, bound: float) -> None:
     torch.manual_seed(0)
     network = randomise(OffSeg(5, resolution=64))
     images = torch.randn(1, 3, 96, 128)
     expected = network(images)
     with torch.autocast("cpu", dtype):
-        assert (network(images).float() - expected).abs().max() < bound
+        assert (network(images).float() - expected).abs().mean() < bound
 
 
 def test_every_parameter_learns() -> None:

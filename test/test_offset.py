@@ -19,9 +19,10 @@ from sparserefine_ros.networks.compact import CompactSegmenter
 from sparserefine_ros.networks.entropy import entropy
 from sparserefine_ros.networks.offset import OffsetClassifier, OffsetLearning
 from sparserefine_ros.networks.offset_heads import OffsetMaskPredictor, replace_classifier, replace_mask_predictor
+from sparserefine_ros.networks.registry import DENSE, build
 from sparserefine_ros.networks.segformer import SegFormer
 from sparserefine_ros.networks.segnext import SegNeXt, explain
-from sparserefine_ros.segmenter.bundle import Bundle, save_network
+from sparserefine_ros.segmenter.bundle import Bundle, load_network, save_network
 from sparserefine_ros.segmenter.segmenter import Segmenter
 
 
@@ -319,3 +320,16 @@ def test_mask2former_predicts_every_mask_with_offsets(mask2former: nn.Module) ->
     assert (result.masks_queries_logits[-1] - before.masks_queries_logits[-1]).abs().max() > 0.01
     with pytest.raises(ValueError, match="Linear has no mask predictor"):
         replace_mask_predictor(nn.Linear(2, 2))
+
+
+@torch.no_grad()
+def test_the_shipped_bundle_means_what_it_meant() -> None:
+    """Every 8447th logit of models/camvid-offseg, as they were before OffSeg followed the published code."""
+    bundle = Bundle.load(Path(__file__).parents[1] / "models" / "camvid-offseg")
+    network = build(DENSE, bundle.dense.network, len(bundle.classes), bundle.dense.args)
+    load_network(bundle.path, bundle.dense, network)
+    images = torch.from_numpy(np.random.RandomState(0).uniform(-2, 2, (1, 3, 64, 96)))
+    expected = [-3.99675429, -1.83223715, -2.81668032, -3.96293064, -1.34089117, -1.79065545, 0.23681030, -2.30370264,
+                -2.10063586]  # fmt: skip
+    logits = network.double().eval()(images).flatten()[::8447]
+    torch.testing.assert_close(logits, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-7)

@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--network",
-        help="for a file: hrnet-w48, offseg-t, segformer-b0, segnext-t, with offsets segformer-ol-b0, segnext-ol-t; "
-        "and their other sizes",
+        help="what a file's weights are for: hrnet-w48, offseg-t, segformer-b0, segnext-t, with offsets "
+        "segformer-ol-b0, segnext-ol-t, and their other sizes (default: told from the weights)",
     )
     parser.add_argument(
         "--classes", required=True, help="camvid, cityscapes, or a YAML file that gives name, names and palette"

@@ -51,8 +51,9 @@ class ConvBn(nn.Sequential):
 class RelativeBias(nn.Module):
     """A bias a head for every vertical and horizontal distance, for maps of any size.
 
-    The table belongs to maps of ``resolution`` x ``resolution``. On other maps it is resized: a distance counts as a
-    part of the map, as with resized position embeddings.
+    The table belongs to maps of ``resolution`` x ``resolution``. For other maps the matrix of queries and positions is
+    resized as an image, bicubically, as the segmentation code published with OffSeg does it: distances are lost, but
+    weights trained on larger crops than their table is for, as those for Cityscapes, have learned under it.
     """
 
     def __init__(self, resolution: int) -> None:
@@ -62,13 +63,14 @@ class RelativeBias(nn.Module):
 
     def forward(self, height: int, width: int, stride: int = 1) -> Tensor:
         """[G, Q, N] between every ``stride``-th position and every position of a map (height, width)."""
-        table = self.table.view(1, HEADS, self.resolution, self.resolution)
-        if (height, width) != table.shape[-2:]:
-            table = F.interpolate(table, (height, width), mode="bilinear", align_corners=True)
-        rows, columns = (torch.arange(size, device=table.device) for size in (height, width))
-        dy = (rows[::stride, None] - rows).abs()[:, None, :, None]
-        dx = (columns[::stride, None] - columns).abs()[None, :, None, :]
-        return table[0][:, dy, dx].flatten(3).flatten(1, 2)
+        index = torch.arange(self.resolution, device=self.table.device)
+        distance = (index[::stride, None] - index).abs()
+        table = self.table.view(HEADS, self.resolution, self.resolution)
+        bias = table[:, distance[:, None, :, None], distance[None, :, None, :]].flatten(3).flatten(1, 2)
+        size = (-(-height // stride) * -(-width // stride), height * width)
+        if size == bias.shape[1:]:
+            return bias
+        return F.interpolate(bias[None], size, mode="bicubic", align_corners=False)[0]
 
 
 def _heads(x: Tensor) -> Tensor:  # [B, G D, h, w] -> [B, G, N, D]

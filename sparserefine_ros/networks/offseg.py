@@ -1,7 +1,7 @@
 """OffSeg: an efficient encoder, frequency-aware fusion and a classifier with offsets.
 
-Zhang et al., 2025 (arXiv 2508.08811). Widths, kernel sizes and totals are the paper's; see `freqfusion` for what is
-free.
+Zhang et al., 2025 (arXiv 2508.08811). What the paper leaves open is as in the published code, whose weights
+`sparserefine import` reads: classes meet pixels at stride 4, and normalisations in the head are by groups.
 
 Shape shorthand: B images, K classes, H, W input height and width, C channels.
 """
@@ -22,13 +22,17 @@ VARIANTS = {
 }
 """Variant to the size of its encoder and the widths that its stages are projected to."""
 HEAD_WIDTH = 256
-HEAD_STRIDE = 8
-"""Where classes meet pixels, as in the SegFormer and SegNeXt of the paper; at stride 4 the head alone would cost more
-multiply-adds than the paper counts for the whole network."""
+
+
+class ConvNormRelu(nn.Sequential):
+    """1x1 convolution, normalisation by 32 groups, ReLU."""
+
+    def __init__(self, cin: int, cout: int) -> None:
+        super().__init__(nn.Conv2d(cin, cout, 1, bias=False), nn.GroupNorm(32, cout), nn.ReLU())
 
 
 class OffSeg(nn.Module):
-    """Images to logits at the images' own size.
+    """Images, of 9 pixels a side and more, to logits at the images' own size.
 
     Args:
         num_classes: K.
@@ -46,12 +50,10 @@ class OffSeg(nn.Module):
         size, widths = VARIANTS[variant]
         self.encoder = EfficientFormerV2(size, resolution)
         self.project = nn.ModuleList(
-            nn.Conv2d(cin, cout, 1) for cin, cout in zip(self.encoder.widths, widths, strict=True)
+            ConvNormRelu(cin, cout) for cin, cout in zip(self.encoder.widths, widths, strict=True)
         )
         self.fuse = nn.ModuleList(FreqFusion(widths[i], sum(widths[i + 1 :])) for i in range(3))
-        self.squeeze = nn.Sequential(
-            nn.Conv2d(sum(widths), HEAD_WIDTH, 1, bias=False), nn.GroupNorm(32, HEAD_WIDTH), nn.ReLU()
-        )
+        self.align = ConvNormRelu(sum(widths), HEAD_WIDTH)
         self.classifier = OffsetClassifier(HEAD_WIDTH, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -60,5 +62,5 @@ class OffSeg(nn.Module):
         y = features[3]
         for i in (2, 1, 0):
             y = interleave(*self.fuse[i](features[i], y))
-        y = self.squeeze(F.max_pool2d(y, HEAD_STRIDE // 4, ceil_mode=True))  # [B, 256, H/8, W/8]
-        return F.interpolate(self.classifier(y), images.shape[-2:], mode="bilinear", align_corners=False)
+        logits = self.classifier(self.align(y))  # [B, K, H/4, W/4]
+        return F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)

@@ -56,6 +56,9 @@ class SegFormer(nn.Module):
         self.encoder: Any = mix_transformer(
             {"hidden_sizes": widths, "depths": list(depths), "num_attention_heads": list(heads)}
         )
+        for module in self.encoder.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = 1e-6  # mmseg's
         self.levels = nn.ModuleList(ConvBnRelu(width, HEAD_WIDTH, 1) for width in widths)
         self.fusion = ConvBnRelu(4 * HEAD_WIDTH, HEAD_WIDTH, 1)
         self.pool = nn.MaxPool2d(2, ceil_mode=True) if offsets else nn.Identity()

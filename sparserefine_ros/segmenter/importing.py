@@ -7,14 +7,12 @@ error that names the keys. What came from where is written into the bundle as a 
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparserefine_ros import __version__
@@ -23,17 +21,17 @@ from sparserefine_ros.errors import BundleError
 from sparserefine_ros.networks.registry import DENSE, build
 from sparserefine_ros.segmenter import onnx_file
 from sparserefine_ros.segmenter.bundle import ONNX, Bundle, NetworkSpec, save_network
+from sparserefine_ros.segmenter.checkpoints import read_checkpoint
 from sparserefine_ros.segmenter.hub_download import download
 from sparserefine_ros.segmenter.hub_names import WEIGHTS, read_architecture
 from sparserefine_ros.segmenter.licences import find_licence, write_import_card
-from sparserefine_ros.segmenter.mmseg_names import ARCHITECTURES, Architecture, Renames
+from sparserefine_ros.segmenter.mmseg_names import ARCHITECTURES, BLOCKS, OFFSET_PREFIX, Architecture, Renames
 from sparserefine_ros.segmenter.preprocess import low_resolution_size
 from sparserefine_ros.untrusted import load_yaml
 
 REPORT = "import.txt"
 """The report's name in the bundle."""
 HUB_NAME = r"[\w.-]+/[\w.-]+"  # owner and model
-SAFE_TORCH = (2, 6)  # before it, weights_only kept code out less well than it said
 SUFFIXES = (".pth", ".safetensors", ".onnx")  # of files, which no name on the hub ends with
 NAMED = 12  # keys that an error lists before it only counts
 
@@ -64,8 +62,8 @@ def import_checkpoint(
 
     Args:
         file: .safetensors, or a .pth that torch reads without running code; or a folder of the hub's; or .onnx.
-        network: a name of `mmseg_names.ARCHITECTURES`; None for a folder, whose config.json says what it is, and for
-            an ONNX file.
+        network: a name of `mmseg_names.ARCHITECTURES`; None to tell it from the weights, and for a folder, whose
+            config.json says what it is, and an ONNX file.
         classes: must have as many classes as the checkpoint.
         folder: must not hold a bundle yet; its name becomes the bundle's.
         native_size: (H, W) of the frames it is meant for; other sizes work too.
@@ -74,8 +72,8 @@ def import_checkpoint(
         may_download: ``file`` may be a name on the hub.
 
     Raises:
-        BundleError: an unknown network, an unreadable file, weights that are missing, left over or misshapen, a name
-            on the hub that may not or cannot be downloaded.
+        BundleError: an unknown network or none that can be told, an unreadable file, weights that are missing, left
+            over or misshapen, a name on the hub that may not or cannot be downloaded.
     """
     if (folder / "model.yaml").exists():
         raise BundleError(f"{folder} holds a bundle already; remove it or give another name")
@@ -130,8 +128,7 @@ def _import_onnx(file: Path, bundle: Bundle) -> tuple[Bundle, list[str], str]:
 def _import_weights(file: Path, network: str | None, bundle: Bundle, renames: Renames) -> tuple[Bundle, list[Row]]:
     """``bundle`` with the network that the checkpoint is for, and what became of each weight."""
     classes = bundle.classes
-    source, file, architecture = _find(file, network, len(classes))
-    state = read_checkpoint(file)
+    source, file, state, architecture = _read(file, network, len(classes), renames)
     weights, rows = rename(state, architecture, renames)
     args = architecture.args(weights)
     try:
@@ -146,45 +143,38 @@ def _import_weights(file: Path, network: str | None, bundle: Bundle, renames: Re
     return replace(bundle, dense=spec), rows
 
 
-def _find(file: Path, network: str | None, num_classes: int) -> tuple[str, Path, Architecture]:
-    """What the checkpoint is called, the file with its weights, and what to build for it."""
+def _read(
+    file: Path, network: str | None, num_classes: int, renames: Renames
+) -> tuple[str, Path, dict[str, Tensor], Architecture]:
+    """What the checkpoint is called, the file with its weights, these, and what to build for it."""
     if file.is_dir():
         if network is not None:
             raise BundleError(f"{file} is a folder, whose config.json says what it is; leave --network {network} out")
         source, architecture = read_architecture(file, num_classes)
         if not (file / WEIGHTS).is_file():
             raise BundleError(f"{file} has no {WEIGHTS}; other forms and weights in several files are not read")
-        return source, file / WEIGHTS, architecture
-    if network not in ARCHITECTURES:
+        return source, file / WEIGHTS, read_checkpoint(file / WEIGHTS), architecture
+    if network is not None and network not in ARCHITECTURES:
         raise BundleError(f"unknown network {network!r}; choose one of {', '.join(ARCHITECTURES)}")
-    return network, file, ARCHITECTURES[network]
-
-
-def read_checkpoint(file: Path) -> dict[str, Tensor]:
-    """The weights of ``file`` by name; BundleError for a file that is unreadable or holds anything but tensors."""
-    try:
-        if file.suffix == ".safetensors":
-            return dict(load_file(file))
-        if _release(torch.__version__) < SAFE_TORCH:
-            raise BundleError(
-                f"torch {torch.__version__} can be made to run code by a .pth file (CVE-2025-32434); install torch >= "
-                f"{'.'.join(map(str, SAFE_TORCH))}, or import {file} from .safetensors"
-            )
-        data = torch.load(file, map_location="cpu", weights_only=True)
-    except BundleError:
-        raise
-    except pickle.UnpicklingError as error:
+    state = read_checkpoint(file)
+    name = network or detect(state, renames)
+    if name is None:
         raise BundleError(
-            f"{file} is damaged or holds more than weights, which could run code and is not loaded; if you trust it, "
-            "keep its weights alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)"
-        ) from error
-    except Exception as error:  # a file cut short makes the readers raise anything
-        raise BundleError(f"cannot read checkpoint {file}: {error}; give a .pth or .safetensors file") from error
-    if isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
-        data = data["state_dict"]
-    if not isinstance(data, dict) or not all(isinstance(value, Tensor) for value in data.values()):
-        raise BundleError(f"{file} holds no state dict of named weights; give a checkpoint of mmsegmentation")
-    return dict(data)
+            f"cannot tell from the weights of {file} what network they are for; give --network, one of "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    return name, file, state, ARCHITECTURES[name]
+
+
+def detect(state: Mapping[str, Tensor], renames: Renames = ()) -> str | None:
+    """What the weights are for, by the network's blocks: a name in `mmseg_names.ARCHITECTURES`; None if unknown."""
+    weights = {_substitute(key, renames): tensor for key, tensor in state.items()}
+    offsets = any(key.startswith(OFFSET_PREFIX) for key in weights)
+    for family, (pattern, sizes) in BLOCKS.items():
+        inputs = [tensor.shape[1] for key, tensor in weights.items() if re.fullmatch(pattern, key) and tensor.ndim > 1]
+        if inputs and (size := sizes.get((min(inputs), len(inputs)))):
+            return f"{family}-ol-{size}" if offsets and family != "offseg" else f"{family}-{size}"
+    return None
 
 
 def read_renames(file: Path) -> Renames:
@@ -250,11 +240,6 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], rows: Sequence[Row], 
         wanted[key] = tensor.reshape(ours.shape).to(ours.dtype)
     module.load_state_dict(wanted)
     return rows
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: (2, 6, 0) of "2.6.0+cpu"."""
-    return tuple(int(number) for number in re.findall(r"\d+", version.split("+")[0])[:3])
 
 
 def _sha256(file: Path) -> str:

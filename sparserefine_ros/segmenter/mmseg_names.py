@@ -4,9 +4,9 @@ Renames are (regular expression, replacement) pairs that are all applied, in ord
 along its first dimension into as many as names are given. What matches `unneeded` is reported and dropped.
 
 Known are mmseg's own conventions (`backbone.`, `decode_head.`, a ConvModule's `conv`, `bn`, `gn`), the names of its
-HRNet, SegFormer and SegNeXt, and those of EfficientFormerV2's published segmentation code. The names inside OffSeg's
-head, and of the offsets in other heads, are not: assumed are ours, behind `decode_head.`. Where a checkpoint has
-others, the import names every key and takes more renames from a file.
+HRNet, SegFormer and SegNeXt, and those of the official release of offset learning (github.com/HVision-NKU/OffSeg): of
+OffSeg, and of SegFormer and SegNeXt with offsets. Where a checkpoint has others, the import names every key and takes
+more renames from a file.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sparserefine_ros.networks.efficientformer import SIZES as ENCODERS
 from sparserefine_ros.networks.hrnet import WIDTHS as HRNET_WIDTHS
 from sparserefine_ros.networks.offseg import VARIANTS
 from sparserefine_ros.networks.segformer import SIZES as SEGFORMER_SIZES
@@ -74,10 +75,36 @@ EFFICIENTFORMER: Renames = (
     (r"\.attention_biases_seg$", ".bias.table"),
 )
 
-OFFSEG = EFFICIENTFORMER + (
-    (r"^decode_head\.squeeze\.conv\.", "squeeze.0."),
-    (r"^decode_head\.squeeze\.gn\.", "squeeze.1."),
-    (r"^decode_head\.", ""),
+OFFSETS: Renames = (
+    (r"^decode_head\.offset_learning\.cls_repr$", "classifier.embeddings"),
+    (r"^decode_head\.offset_learning\.cls_offset_proj\.", "classifier.offset.class_offset."),
+    (r"^decode_head\.offset_learning\.feat_offset_proj\.", "classifier.offset.feature_offset."),
+    (r"^decode_head\.offset_learning\.mask_norm\.", "classifier.norm."),
+)
+
+OFFSEG = (
+    EFFICIENTFORMER
+    + OFFSETS
+    + (
+        (r"^decode_head\.pre\.(\d)\.conv\.", r"project.\1.0."),
+        (r"^decode_head\.pre\.(\d)\.gn\.", r"project.\1.1."),
+        # Theirs count from the coarsest maps, ours from the finest.
+        (r"^decode_head\.freqfusions\.0\.", "fuse.2."),
+        (r"^decode_head\.freqfusions\.1\.", "fuse.1."),
+        (r"^decode_head\.freqfusions\.2\.", "fuse.0."),
+        (r"\.hr_channel_compressor\.", ".compress_fine."),
+        (r"\.lr_channel_compressor\.", ".compress_coarse."),
+        (r"\.content_encoder\.", ".low_pass."),
+        (r"\.content_encoder2\.", ".high_pass."),
+        (r"\.dysampler\.norm_hr\.", ".norm_fine."),
+        (r"\.dysampler\.norm_lr\.", ".norm_coarse."),
+        (r"\.dysampler\.hr_offset\.", ".direction_fine."),
+        (r"\.dysampler\.offset\.", ".direction_coarse."),
+        (r"\.dysampler\.hr_direct_scale\.", ".magnitude_fine."),
+        (r"\.dysampler\.direct_scale\.", ".magnitude_coarse."),
+        (r"^decode_head\.align\.conv\.", "align.0."),
+        (r"^decode_head\.align\.gn\.", "align.1."),
+    )
 )
 
 SEGFORMER: Renames = (
@@ -100,7 +127,7 @@ SEGFORMER: Renames = (
     (r"^decode_head\.fusion_conv\.bn\.", "fusion.1."),
 )
 SEGFORMER_PLAIN = SEGFORMER + ((r"^decode_head\.conv_seg\.", "classifier."),)
-SEGFORMER_OFFSET = SEGFORMER + ((r"^decode_head\.(?!conv_seg\.)", ""),)
+SEGFORMER_OFFSET = SEGFORMER + OFFSETS
 QUERIES_KEYS_VALUES = (
     (r"(.*\.attention)\.in_proj_(weight|bias)", (r"\1.q_proj.\2", r"\1.k_proj.\2", r"\1.v_proj.\2")),
 )
@@ -128,7 +155,7 @@ SEGNEXT: Renames = (
     (r"^decode_head\.(squeeze|ham_out|align)\.gn\.", r"\1.1."),
 )
 SEGNEXT_PLAIN = SEGNEXT + ((r"^decode_head\.conv_seg\.", "classifier."),)
-SEGNEXT_OFFSET = SEGNEXT + ((r"^decode_head\.(?!conv_seg\.)", ""),)
+SEGNEXT_OFFSET = SEGNEXT + OFFSETS
 
 HRNET: Renames = (
     *((rf"^backbone\.{part}{i + 1}\.", f"stem.{i}.{j}.") for i in range(2) for j, part in enumerate(("conv", "bn"))),
@@ -145,11 +172,16 @@ HRNET: Renames = (
     (r"^decode_head\.conv_seg\.", "classifier."),
 )
 
-TRAINING_ONLY = ((r"^auxiliary_head\.", "used in training only"),)
+TRAINING_ONLY = (
+    (r"^auxiliary_head\.", "used in training only"),
+    (r"^ema_", "an average that training kept beside the weights"),
+)
 REPLACED_CLASSIFIER = (*TRAINING_ONLY, (r"^decode_head\.conv_seg\.", "mmseg's plain classifier, which offsets replace"))
-INDICES = (
+COMPUTED = (
     (r"\.attention_bias_idxs(_seg)?$", "an index table, computed here"),
     (r"\.attention_biases$", "the table for classification at 224 x 224; segmentation has its own"),
+    (r"\.hamming_(low|high)pass$", "a window of ones"),
+    (r"\.dysampler\.init_pos$", "positions of pixels, computed here"),
 )
 
 
@@ -177,7 +209,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     },
     **{
         f"offseg-{variant.lower()}": Architecture(
-            "offseg", _offseg_args(variant), OFFSEG, unneeded=REPLACED_CLASSIFIER + INDICES
+            "offseg", _offseg_args(variant), OFFSEG, unneeded=REPLACED_CLASSIFIER + COMPUTED
         )
         for variant in VARIANTS
     },
@@ -207,3 +239,24 @@ ARCHITECTURES: dict[str, Architecture] = {
     },
 }
 """Names that `sparserefine import --network` takes."""
+
+BLOCKS: dict[str, tuple[str, dict[tuple[int, int], str]]] = {
+    "hrnet": (
+        r"backbone\.stage2\.0\.branches\.0\.\d+\.conv1\.weight", {(width, 4): f"w{width}" for width in HRNET_WIDTHS}
+    ),
+    "offseg": (
+        r"backbone\.network\.\d\.\d+\.mlp\.fc1\.weight",
+        {(ENCODERS[s].widths[0], sum(ENCODERS[s].depths)): variant.lower() for variant, (s, _) in VARIANTS.items()},
+    ),
+    "segformer": (
+        r"backbone\.layers\.\d\.1\.\d+\.ffn\.layers\.0\.weight",
+        {(first, sum(depths)): size for size, (first, depths) in SEGFORMER_SIZES.items()},
+    ),
+    "segnext": (
+        r"backbone\.block\d\.\d+\.mlp\.fc1\.weight",
+        {(widths[0], sum(depths)): size.lower() for size, (widths, depths, _) in SEGNEXT_SIZES.items()},
+    ),
+}  # fmt: skip
+"""By family: a weight that every block has; and the sizes, by its fewest inputs and how many of it there are."""
+OFFSET_PREFIX = "decode_head.offset_learning."
+"""What the weights of offset learning begin with, in every head."""

@@ -1,0 +1,75 @@
+"""The weights in a checkpoint file, read without running what else it may hold."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sparserefine_ros.errors import BundleError
+
+SAFE_TORCH = (2, 6)  # before it, weights_only kept code out less well than it said
+
+
+class _Ignored:
+    """Takes anything and does nothing."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+STAND_INS = tuple(
+    type(name, (_Ignored,), {"__module__": module})
+    for module, name in (
+        ("mmengine.logging.history_buffer", "HistoryBuffer"),
+        ("builtins", "getattr"),
+        ("numpy", "dtype"),
+        ("numpy", "ndarray"),
+        *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    )
+)
+"""What the log of the training is made of that mmengine saves with the weights; these are built in its place.
+
+torch's weights_only refuses the file for the sake of that log. None of the real ones is looked up, let alone called.
+"""
+
+
+def read_checkpoint(file: Path) -> dict[str, Tensor]:
+    """The weights of ``file`` by name; BundleError for a file that is unreadable or holds anything but tensors."""
+    try:
+        if file.suffix == ".safetensors":
+            return dict(load_file(file))
+        if _release(torch.__version__) < SAFE_TORCH:
+            raise BundleError(
+                f"torch {torch.__version__} can be made to run code by a .pth file (CVE-2025-32434); install torch >= "
+                f"{'.'.join(map(str, SAFE_TORCH))}, or import {file} from .safetensors"
+            )
+        with torch.serialization.safe_globals(list(STAND_INS)):
+            data = torch.load(file, map_location="cpu", weights_only=True)
+    except BundleError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise BundleError(
+            f"{file} is damaged or holds more than weights, which could run code and is not loaded; if you trust it, "
+            "keep its weights alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)"
+        ) from error
+    except Exception as error:  # a file cut short makes the readers raise anything
+        raise BundleError(f"cannot read checkpoint {file}: {error}; give a .pth or .safetensors file") from error
+    if isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
+        data = data["state_dict"]
+    if not isinstance(data, dict) or not all(isinstance(value, Tensor) for value in data.values()):
+        raise BundleError(f"{file} holds no state dict of named weights; give a checkpoint of mmsegmentation")
+    return dict(data)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: (2, 6, 0) of "2.6.0+cpu"."""
+    return tuple(int(number) for number in re.findall(r"\d+", version.split("+")[0])[:3])
