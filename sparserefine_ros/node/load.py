@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import numpy as np
-import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
-from rclpy.context import Context
-from rclpy.executors import SingleThreadedExecutor
-from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
-from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import Image
 
 from sparserefine_ros.evaluation.bag_messages import stamp_ns
 from sparserefine_ros.node.memory import keep_large_buffers
+from sparserefine_ros.node.peer import Peer
 from sparserefine_ros.node.process import NodeError
 from sparserefine_ros.node.refusal import offer
 from sparserefine_ros.node.status import Counters
@@ -48,13 +42,12 @@ class LoadLog:
     counters: dict[str, dict[str, int]] = field(default_factory=dict)  # by camera: received, processed, dropped, ...
 
 
-class Camera:
+class Camera(Peer):
     """Publishes on `image`, listens to the mask and the timings of the node `segment`.
 
     ``names``: of several cameras, as the node's parameter `cameras` has them; they take turns at even distances.
     ``reliable``: as asked by a node that must not lose a frame; else best effort, as cameras publish.
     ``keep`` takes the stamp in ns of every mask and the mask, a serialized sensor_msgs/Image.
-    ``environment`` must be set before the first participant of the process exists: it names the transport profile.
     """
 
     def __init__(
@@ -65,35 +58,19 @@ class Camera:
         keep: Callable[[int, bytes], None] = lambda stamp, mask: None,
         names: Sequence[str] = ("",),
     ) -> None:
-        os.environ.update(environment)
         keep_large_buffers()
+        super().__init__("camera", domain_id, environment)
         self._keep, self._names = keep, names
         self.log = LoadLog()
-        self._context = Context()
-        # no handler of ours: Ctrl-C stays Python's KeyboardInterrupt
-        rclpy.init(context=self._context, domain_id=domain_id, signal_handler_options=SignalHandlerOptions.NO)
-        self._node = Node("camera", context=self._context, enable_rosout=False)
-        self._executor = SingleThreadedExecutor(context=self._context)
-        self._executor.add_node(self._node)
-        make, qos = self._node.create_subscription, RESULTS if reliable else qos_profile_sensor_data
+        make, qos = self.node.create_subscription, RESULTS if reliable else qos_profile_sensor_data
         self._images, self._results = [], []
         for name in names:
             base = f"{name}/" if name else ""
-            self._images.append(self._node.create_publisher(Image, f"{base}image", qos))
+            self._images.append(self.node.create_publisher(Image, f"{base}image", qos))
             on_mask = partial(self._on_mask, name)
             self._results.append(make(Image, f"{base}segmentation/mask", on_mask, RESULTS, raw=True))
             self._results.append(make(DiagnosticArray, f"{base}segmentation/timing", self._on_timing, RESULTS))
         self._diagnostics = make(DiagnosticArray, "/diagnostics", self._on_diagnostics, RESULTS)
-
-    def __enter__(self) -> Camera:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._executor.shutdown()
-        self._node.destroy_node()
-        self._context.try_shutdown()
 
     def ready(self, alive: Callable[[], None]) -> None:
         """Waits until the node takes images and gives masks. ``alive`` raises if it has died."""
@@ -104,8 +81,8 @@ class Camera:
             alive()
             if time.monotonic() > deadline:
                 raise NodeError(f"after {DISCOVERY_TIMEOUT_S:.0f} s the node has not taken our topics")
-            self._executor.spin_once(timeout_sec=0.1)
-        self._spin_until(time.monotonic() + SETTLE_S)
+            self.spin_until(time.monotonic() + 0.1)
+        self.spin_until(time.monotonic() + SETTLE_S)
 
     def run(self, frames: Iterable[bytes], rate_hz: float, tick: Callable[[float], None]) -> LoadLog:
         """Sends the serialized ``frames``, each stamped, in place, as it leaves; then waits a little for the last mask.
@@ -116,13 +93,13 @@ class Camera:
         start = time.monotonic()
         for i, frame in enumerate(frames):
             due = start + i / (rate_hz * len(self._names))
-            self._spin_until(due)
+            self.spin_until(due)
             self.log.late_s = max(self.log.late_s, time.monotonic() - due)
             camera = i % len(self._names)
             self._stamp(frame, self._names[camera])
             offer(self._images[camera], frame)  # what DDS refuses is lost, as a driver's frame would be
             tick(time.monotonic() - start)
-        self._spin_until(time.monotonic() + LAST_S)
+        self.spin_until(time.monotonic() + LAST_S)
         return self.log
 
     def _stamp(self, frame: bytes, camera: str) -> None:
@@ -135,10 +112,6 @@ class Camera:
         self.log.camera[now] = camera
         stamp = (now // 10**9).to_bytes(4, "little") + (now % 10**9).to_bytes(4, "little")
         ctypes.memmove(np.frombuffer(frame, np.uint8).ctypes.data + STAMP_AT, stamp, len(stamp))
-
-    def _spin_until(self, deadline: float) -> None:
-        while (remaining := deadline - time.monotonic()) > 0:
-            self._executor.spin_once(timeout_sec=remaining)
 
     def _on_mask(self, camera: str, message: bytes) -> None:
         stamp = stamp_ns(message)

@@ -5,21 +5,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from types import TracebackType
 from typing import Any
 
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
-from rclpy.context import Context
-from rclpy.executors import SingleThreadedExecutor
-from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
-from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import CompressedImage, Image
 
 from sparserefine_ros.evaluation.bag_messages import stamp_ns
 from sparserefine_ros.evaluation.bags import RawFrame
 from sparserefine_ros.evaluation.replay_metrics import ReplayLog
+from sparserefine_ros.node.peer import Peer
 from sparserefine_ros.node.process import NodeError
 from sparserefine_ros.node.refusal import offer
 
@@ -36,11 +32,10 @@ Keep = Callable[[int, bytes], None]
 """Takes the stamp (ns) of a mask and the mask, a serialised sensor_msgs/Image."""
 
 
-class Replayer:
-    """A publisher of frames and a subscriber of masks in a context of its own; single-threaded, spun by its methods.
+class Replayer(Peer):
+    """A publisher of frames and a subscriber of masks.
 
     ``with Replayer(domain_id, environment, image_topic, compressed) as replayer``: ``ready``, then ``play``.
-    ``environment`` must be set before the first participant of the process exists: it names the transport profile.
     """
 
     def __init__(
@@ -52,17 +47,11 @@ class Replayer:
         keep: Keep,
         node: str = "/segment",
     ) -> None:
-        os.environ.update(environment)
+        super().__init__("sparserefine_replay", domain_id, environment)
         self._keep = keep
         self._node_name = node.rsplit("/", 1)[-1]
         namespace = node.rsplit("/", 1)[0]
         self.log = ReplayLog()
-        self._context = Context()
-        # no handler of ours: Ctrl-C stays Python's KeyboardInterrupt
-        rclpy.init(context=self._context, domain_id=domain_id, signal_handler_options=SignalHandlerOptions.NO)
-        self._node = Node("sparserefine_replay", context=self._context, enable_rosout=False)
-        self._executor = SingleThreadedExecutor(context=self._context)
-        self._executor.add_node(self._node)
         # Reliable and deep: what is lost shall be lost by the node under test.
         qos = QoSProfile(
             history=HistoryPolicy.KEEP_LAST,
@@ -70,25 +59,15 @@ class Replayer:
             reliability=ReliabilityPolicy.RELIABLE,
             durability=DurabilityPolicy.VOLATILE,
         )
-        self._images = self._node.create_publisher(CompressedImage if compressed else Image, image_topic, qos)
+        self._images = self.node.create_publisher(CompressedImage if compressed else Image, image_topic, qos)
         # raw: a mask is stored as it comes and decoded after the replay, off the node's processor time
-        self._masks = self._node.create_subscription(
+        self._masks = self.node.create_subscription(
             Image, f"{namespace}/segmentation/mask", self._on_mask, qos, raw=True
         )
-        self._timing = self._node.create_subscription(
+        self._timing = self.node.create_subscription(
             DiagnosticArray, f"{namespace}/segmentation/timing", self._on_timing, qos
         )
-        self._diagnostics = self._node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, qos)
-
-    def __enter__(self) -> Replayer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._executor.shutdown()
-        self._node.destroy_node()
-        self._context.try_shutdown()
+        self._diagnostics = self.node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, qos)
 
     def ready(self, alive: Callable[[], None], timeout_s: float = DISCOVERY_TIMEOUT_S) -> None:
         """Waits until the node takes our images and we its masks and timings. ``alive`` raises if it has died."""
@@ -102,11 +81,11 @@ class Replayer:
             alive()
             if time.monotonic() > deadline:
                 raise NodeError(
-                    f"after {timeout_s:.0f} s no node {missing[0]} on ROS domain {self._context.get_domain_id()}; "
+                    f"after {timeout_s:.0f} s no node {missing[0]} on ROS domain {self.context.get_domain_id()}; "
                     "is it started with the same ROS_DOMAIN_ID, transport profile and topic names?"
                 )
-            self._executor.spin_once(timeout_sec=0.1)
-        self._spin_until(time.monotonic() + SETTLE_S, lambda: False)
+            self.spin_until(time.monotonic() + 0.1)
+        self.spin_until(time.monotonic() + SETTLE_S)
 
     def play(
         self,
@@ -127,7 +106,7 @@ class Replayer:
         for frame in frames:
             first_ns = frame.time_ns if first_ns is None else first_ns
             if rate > 0:
-                self._spin_until(start + (frame.time_ns - first_ns) / 1e9 / rate, lambda: False)
+                self.spin_until(start + (frame.time_ns - first_ns) / 1e9 / rate)
                 late = time.monotonic() - start - (frame.time_ns - first_ns) / 1e9 / rate
                 log.lag_s = max(log.lag_s, late)
             alive()
@@ -150,7 +129,7 @@ class Replayer:
             alive()
             if time.monotonic() > deadline:
                 raise NodeError(f"for {REFUSED_TIMEOUT_S:.0f} s DDS has refused to publish a frame; is the node stuck?")
-            self._spin_until(time.monotonic() + 0.05, lambda: False)
+            self.spin_until(time.monotonic() + 0.05)
 
     def _settled(self, stamp: int, rejected: int, timeout_s: float, alive: Callable[[], None]) -> bool:
         """Waits for the mask of a frame, or until the node has rejected more than ``rejected`` frames."""
@@ -160,7 +139,7 @@ class Replayer:
 
         deadline = time.monotonic() + timeout_s
         while not settled() and time.monotonic() < deadline:
-            self._spin_until(min(deadline, time.monotonic() + 1.0), settled)
+            self.spin_until(min(deadline, time.monotonic() + 1.0), settled)
             alive()
         return settled()
 
@@ -176,15 +155,8 @@ class Replayer:
         def complete() -> bool:
             return log.counters is not None and log.counters.get("processed", 0) >= len(log.answered)
 
-        self._spin_until(time.monotonic() + COUNTERS_TIMEOUT_S, complete)
+        self.spin_until(time.monotonic() + COUNTERS_TIMEOUT_S, complete)
         alive()
-
-    def _spin_until(self, deadline: float, done: Callable[[], bool]) -> None:
-        while not done():
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                return
-            self._executor.spin_once(timeout_sec=remaining)
 
     def _on_mask(self, message: bytes) -> None:
         now = time.monotonic()
