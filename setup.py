@@ -44,6 +44,7 @@ LINT = ["ruff>=0.6", "mypy>=1.10"]
 TRITON = ["triton>=3"]  # comes with the CUDA builds of torch for x86-64
 BACKBONES = ["transformers>=5.23"]  # ResNet-50, ConvNeXt-L, SegFormer
 ONNX = ["onnxruntime>=1.17", "onnx>=1.16"]  # with a GPU: onnxruntime-gpu in place of onnxruntime
+TIMM = ["timm>=1"]  # encoders; needs the torchvision that fits torch
 HUB = ["huggingface_hub>=0.23"]  # for downloads that are asked for
 PEERS = ["spconv>=2.3"]  # to be measured beside ours
 
@@ -79,6 +80,7 @@ setup(
         "lint": LINT,
         "triton": TRITON,
         "backbones": BACKBONES,
+        "timm": TIMM,
         "onnx": ONNX,
         "hub": HUB,
         "peers": PEERS,

@@ -26,6 +26,7 @@ ROSDEP: dict[str, str | None] = {
     "cv2": "python3-opencv",
     "diagnostic_msgs": "diagnostic_msgs",
     "huggingface_hub": None,
+    "timm": None,
     "jinja2": "python3-jinja2",
     "launch": "launch",
     "launch_ros": "launch_ros",

@@ -1,14 +1,21 @@
 """Image encoders that give features at several strides, by name. Built from a configuration, nothing is downloaded.
 
+`timm/MODEL` is timm's model of that name, where timm can be imported: its torchvision is not there for every machine.
+
 Shape shorthand: B images, H, W input height and width, C channels.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparserefine_ros.networks.compact import CompactEncoder
 
@@ -74,16 +81,57 @@ class ConvNextLarge(Backbone):
         return features
 
 
+class TimmBackbone(Backbone):
+    """timm's model ``name``, all its strides."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        timm = _timm(name)
+        if not TIMM_NAME.fullmatch(name) or not timm.is_model(name):
+            raise ValueError(f"timm {timm.__version__} has no model {name!r}; timm.list_models() tells what it has")
+        self.name = name
+        self.model: Any = timm.create_model(name, pretrained=False, features_only=True)
+        self.channels = tuple(self.model.feature_info.channels())
+        self.strides = tuple(self.model.feature_info.reduction())
+
+    def forward(self, images: Tensor) -> Sequence[Tensor]:
+        features: Sequence[Tensor] = self.model(images)
+        return features
+
+    def start_from(self, file: Path) -> None:
+        """Takes the weights of ``file``, safetensors as published with the model."""
+        timm = _timm(self.name)
+        timm.create_model(self.name, checkpoint_path=str(file))  # raises unless all weights are there, and no others
+        there = timm.create_model(
+            self.name, pretrained=True, features_only=True, pretrained_cfg_overlay={"file": str(file)}
+        )
+        self.model.load_state_dict(there.state_dict())
+
+
 BACKBONES: dict[str, Callable[[], Backbone]] = {
     "compact": CompactBackbone, "resnet50": ResNet50, "convnext_large": ConvNextLarge,
 }  # fmt: skip
+TIMM = "timm/"
+TIMM_NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)?")
+"""A model and, behind the dot, one of its published weights; not "hf-hub:OWNER/NAME", for which timm asks the hub."""
 
 
 def build_backbone(name: str) -> Backbone:
-    """The backbone called ``name``; ValueError for another name, ImportError where its package is not installed."""
+    """The backbone called ``name``, or ``timm/MODEL``.
+
+    Raises ValueError for another name, ImportError where its package is not installed.
+    """
+    if name.startswith(TIMM):
+        return TimmBackbone(name.removeprefix(TIMM))
     if name not in BACKBONES:
-        raise ValueError(f"unknown backbone {name!r}; known are {', '.join(BACKBONES)}")
+        raise ValueError(f"unknown backbone {name!r}; known are {', '.join(BACKBONES)} and {TIMM}MODEL")
     return BACKBONES[name]()
+
+
+def extend(images: Tensor, multiple: int) -> Tensor:
+    """Images [B, 3, H, W] with their right and bottom edge repeated until H and W divide by ``multiple``."""
+    bottom, right = (-size % multiple for size in images.shape[2:])
+    return F.pad(images, (0, right, 0, bottom), mode="replicate") if bottom or right else images
 
 
 def _transformers(name: str) -> ModuleType:
@@ -94,4 +142,16 @@ def _transformers(name: str) -> ModuleType:
             f"backbone {name!r} needs the package transformers: pip install transformers ({error})"
         ) from error
     module: ModuleType = transformers
+    return module
+
+
+def _timm(name: str) -> ModuleType:
+    try:
+        import timm
+    except Exception as error:  # where torchvision does not fit torch it raises what it likes
+        raise ImportError(
+            f"backbone '{TIMM}{name}' needs timm, and a torchvision that fits torch {torch.__version__}: "
+            f"pip install 'sparserefine_ros[timm]' ({error})"
+        ) from error
+    module: ModuleType = timm
     return module

@@ -17,6 +17,7 @@ from sparserefine_ros.networks.mask2former import Mask2Former
 from sparserefine_ros.networks.offseg import OffSeg
 from sparserefine_ros.networks.patches import PatchRefiner
 from sparserefine_ros.networks.pointrend import PointRend
+from sparserefine_ros.networks.pyramid import PyramidSegmenter
 from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.segformer import SegFormer
 from sparserefine_ros.networks.segformer_hub import HubSegFormer
@@ -30,6 +31,7 @@ DENSE: dict[str, Callable[..., nn.Module]] = {
     "hrnet": HRNet,
     "mask2former": Mask2Former,
     "offseg": OffSeg,
+    "pyramid": PyramidSegmenter,
     "segformer": SegFormer,
     "segformer-hub": HubSegFormer,
     "segnext": SegNeXt,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparserefine_ros.networks.association import ASSOCIATIONS, assign, project
-from sparserefine_ros.networks.backbones import build_backbone
+from sparserefine_ros.networks.backbones import build_backbone, extend
 from sparserefine_ros.networks.hypercolumn import Hypercolumn
 from sparserefine_ros.networks.local_attention import QueryKeyValue, local_attention
 
@@ -103,10 +103,7 @@ class SuperpixelTransformer(nn.Module):
 
     def backbone(self, images: Tensor) -> Sequence[Tensor]:
         """L features [B, C_l, H / stride_l, W / stride_l]; images are first extended to whole cells by their edge."""
-        bottom, right = (-size % self.multiple for size in images.shape[2:])
-        if bottom or right:
-            images = F.pad(images, (0, right, 0, bottom), mode="replicate")
-        features: Sequence[Tensor] = self.encoder(images)
+        features: Sequence[Tensor] = self.encoder(extend(images, self.multiple))
         return features
 
     def hypercolumn(self, features: Sequence[Tensor]) -> Tensor:

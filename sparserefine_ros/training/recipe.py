@@ -48,7 +48,7 @@ class Recipe:
     dataset: dict[str, Any]  # kind: camvid | street, and that reader's arguments
     scale: float  # low resolution over native resolution
     dense: StageRecipe | None = None
-    encoder: str | None = None  # a bundle whose encoder the dense network starts from
+    encoder: str | None = None  # what its encoder starts from: a bundle, or a file of timm's weights for that of timm
     bundle: str | None = None  # a bundle whose dense segmenter, threshold and HR baseline this one has
     refiner: StageRecipe | None = None
     low: StageRecipe | None = None  # the dense network tuned further at low resolution
