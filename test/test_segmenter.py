@@ -142,6 +142,16 @@ def test_weights_that_are_not_finite_are_reported(tiny_bundle: Path, frame: np.n
         segmenter.segment([frame])
 
 
+@pytest.mark.parametrize(("classes", "images"), [(10, 2), (12, 2), (11, 1)])
+def test_logits_of_another_form_are_refused(tiny_bundle: Path, frame: np.ndarray, classes: int, images: int) -> None:
+    """As an ONNX file may give: no file's hash tells, and kernels would read and write beside their memory."""
+    segmenter = Segmenter(Bundle.load(tiny_bundle), device="cpu")
+    segmenter.dense = lambda batch: torch.zeros(images, classes, *batch.shape[2:])  # type: ignore[assignment]
+    message = rf"'tiny' gave logits of shape \[{images}, {classes}, .*\] for 2 images of 11 classes; do the classes"
+    with pytest.raises(BundleError, match=message):
+        segmenter.segment([frame, frame])
+
+
 def test_bf16_stays_close_to_fp32(tiny_bundle: Path, frame: np.ndarray) -> None:
     bundle = Bundle.load(tiny_bundle)
     full, half = (

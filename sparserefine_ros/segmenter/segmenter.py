@@ -189,7 +189,8 @@ class Segmenter:
 
         ``refine=False`` leaves the refiner out for this call; ``choose`` takes the place of ``entropy_threshold``, once
         for each batch. Raises FrameError for an array that is no such image and
-        for logits that are not finite (broken weights, or overflow in half precision).
+        for logits that are not finite (broken weights, or overflow in half precision), BundleError for logits of
+        another number of classes than the bundle's.
         """
         for image in images:
             _check_image(image)
@@ -257,6 +258,7 @@ class Segmenter:
                 low, logits = self.shrunk_and_seen(native)
             else:
                 logits = self.dense(normalise(low))  # [B, K, h, w]
+        self._check_logits(logits, len(images))
         with clock("select"):
             initial = self.head.initial(logits)
             mask, confidence = upsample_nearest(initial.mask, size), upsample_nearest(initial.confidence, size)
@@ -286,6 +288,14 @@ class Segmenter:
             Segmentation(masks[b], confidences[b], entropies[b], float(densities[b]), ms, threshold)
             for b in range(len(images))
         ]
+
+    def _check_logits(self, logits: Tensor, images: int) -> None:
+        """BundleError unless [B, K, h, w]: kernels take it at its word, and weights in an ONNX file show no classes."""
+        if logits.shape[:2] != (images, len(self.classes)):
+            raise BundleError(
+                f"the dense segmenter of bundle {self.bundle.name!r} gave logits of shape {list(logits.shape)} for "
+                f"{images} images of {len(self.classes)} classes; do the classes of model.yaml fit the weights?"
+            )
 
     def _pick(self, entropy: Tensor, pixels: int, choose: Choose | None) -> float | None:
         """The threshold for a batch with ``entropy`` [B, h, w] and that many native pixels."""
