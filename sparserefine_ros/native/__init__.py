@@ -72,10 +72,10 @@ def address(tensor: Tensor | None) -> int | None:
 def cache_folder() -> Path:
     """$XDG_CACHE_HOME/sparserefine_ros, by default under ~/.cache; a temporary folder where that cannot be written."""
     base = os.environ.get("XDG_CACHE_HOME")
-    folder = (Path(base) if base else Path.home() / ".cache") / "sparserefine_ros"
     try:
+        folder = (Path(base) if base else Path.home() / ".cache") / "sparserefine_ros"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
         return _temporary_folder()
     return folder if os.access(folder, os.W_OK) else _temporary_folder()
 
