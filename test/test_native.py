@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import os
 import pwd
 import shutil
 import stat
@@ -161,6 +162,21 @@ def test_source_that_does_not_compile_is_reported_and_leaves_nothing(own_cache: 
     with pytest.raises(NativeError, match="cannot compile mark.c: .*error"):
         load(source)
     assert list(own_cache.iterdir()) == []
+
+
+def test_a_library_that_a_power_cut_left_short_is_made_anew(
+    own_cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as cut:
+        cut.setattr(native, "_compile", lambda command, source, library: library.write_bytes(b""))
+        with pytest.raises(NativeError, match="cannot load"):
+            load(source)
+    synced: list[int] = []
+    monkeypatch.setattr(native.os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size))
+    library = load(source)
+    (file,) = own_cache.iterdir()
+    assert synced == [file.stat().st_size]  # before it had its name
+    assert torch.equal(mark(library, 100, 7), torch.arange(100))
 
 
 def test_a_damaged_library_is_named(own_cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

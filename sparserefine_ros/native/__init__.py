@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -38,17 +39,20 @@ class NativeError(SparseRefineError):
 def load(source: Path) -> ctypes.CDLL:
     """The library of one C file. Raises NativeError where it cannot be had.
 
-    Compiled once for each source, compiler and CPU. Processes that compile at the same time do not disturb each other.
+    Compiled once for each source, compiler and CPU, and anew where what was kept cannot be loaded. Processes that
+    compile at the same time do not disturb each other.
     """
     compiler = _compiler()
     command = [*compiler, *FLAGS, *NATIVE.get(platform.machine(), ())]
     key = hashlib.sha256("\0".join([source.read_text(), *command, _version(tuple(compiler)), _cpu()]).encode())
     library = cache_folder() / f"{source.stem}-{key.hexdigest()[:16]}.so"
-    if not library.exists():
-        try:
-            _compile(command, source, library)
-        except OSError as error:
-            raise NativeError(f"cannot write {library}: {error}; free space there, or set XDG_CACHE_HOME") from error
+    if library.exists():
+        with suppress(OSError):  # damaged: a power cut, a full disk
+            return ctypes.CDLL(str(library))
+    try:
+        _compile(command, source, library)
+    except OSError as error:
+        raise NativeError(f"cannot write {library}: {error}; free space there, or set XDG_CACHE_HOME") from error
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
@@ -123,6 +127,8 @@ def _compile(command: list[str], source: Path, library: Path) -> None:
             lines = [line for line in said if "error" in line or "No space left" in line] or said[-1:]
             reason = lines[0] if lines else f"exit status {done.returncode}"
             raise NativeError(f"{command[0]} cannot compile {source.name}: {reason}; install gcc and libc6-dev")
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())  # a name must not outlive a power cut that its content does not
         Path(partial).replace(library)
     finally:
         Path(partial).unlink(missing_ok=True)
