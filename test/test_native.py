@@ -20,8 +20,9 @@ from compiler import needs_compiler
 from sparserefine_ros import native
 from sparserefine_ros.native import NativeError, load, parallel
 from sparserefine_ros.networks.refiner import SparseRefiner
+from sparserefine_ros.segmenter import head
 from sparserefine_ros.segmenter.head import KERNEL, NativeHead, build_head
-from sparserefine_ros.sparse.backends import pick_backend
+from sparserefine_ros.sparse.backends import cpu, pick_backend
 from sparserefine_ros.sparse.backends.cpu import CONV, MAPS
 
 pytestmark = needs_compiler
@@ -155,6 +156,21 @@ def test_without_a_compiler_torch_takes_over(own_cache: Path, monkeypatch: pytes
     monkeypatch.setenv("CC", "no-such-compiler -m64")
     with pytest.raises(NativeError, match="no-such-compiler -m64 not found"):
         load(native.PARALLEL)
+
+
+@pytest.mark.parametrize("lost", [native.PARALLEL, KERNEL, CONV, MAPS], ids=lambda path: path.name)
+def test_without_any_one_kernel_torch_takes_over(lost: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk may be full after some of them: that shows before the first frame, not at it."""
+
+    def some(source: Path) -> ctypes.CDLL:
+        if source == lost:
+            raise NativeError("no space left")
+        return load(source)
+
+    for module in (cpu, head):
+        monkeypatch.setattr(module, "load", some)
+    assert pick_backend("auto", CPU).name == ("cpu" if lost == KERNEL else "torch")
+    assert isinstance(build_head(SparseRefiner(3, (4,)), CPU), NativeHead) == (lost in (CONV, MAPS))
 
 
 def test_source_that_does_not_compile_is_reported_and_leaves_nothing(own_cache: Path, source: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparserefine_ros.native import NativeError, address, load, parallel
+from sparserefine_ros.native import PARALLEL, NativeError, address, load, parallel
 from sparserefine_ros.networks.ensemblers import GatedEnsembler
 from sparserefine_ros.networks.entropy import entropy
 from sparserefine_ros.networks.registry import Refiner
@@ -98,7 +98,7 @@ class NativeHead(Head):
     @staticmethod
     def fits(refiner: Refiner | None) -> bool:
         """Whether the kernel can do this refiner's end. Raises NativeError where it cannot be compiled."""
-        load(KERNEL)
+        load(KERNEL), load(PARALLEL)
         if refiner is None:
             return True
         ensembler, classifier = refiner.ensembler, refiner.classifier

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparserefine_ros.native import NativeError, address, load, parallel
+from sparserefine_ros.native import PARALLEL, NativeError, address, load, parallel
 from sparserefine_ros.sparse.backends.base import Backend, Output
 from sparserefine_ros.sparse.maps import STRIDE_PADDING, TAPS, KernelMap, TapGroup
 from sparserefine_ros.sparse.pyramid import Pyramid, check_pyramid
@@ -102,7 +102,7 @@ class CpuBackend(Backend):
         if device.type != "cpu":
             return "it is for the CPU"
         try:
-            load(CONV), load(MAPS)
+            load(CONV), load(MAPS), load(PARALLEL)
         except NativeError as error:
             return str(error)
         return None
