@@ -87,8 +87,8 @@ void sr_patches(
 void sr_coarse(
     const int64_t *sites, int64_t n, int64_t padding, int64_t batch, int64_t height, int64_t width, uint8_t *coarse
 ) {
+    if (height < 1 || width < 1) return;  // nothing there, not even an address
     memset(coarse, 0, batch * height * width);
-    if (height < 1 || width < 1) return;
     if (padding) {
         for (int64_t i = 0; i < n; i++, sites += 3)
             coarse[(sites[0] * height + sites[1] / 2) * width + sites[2] / 2] = 1;
