@@ -54,6 +54,8 @@ def test_found_by_name_and_by_path(copy: Path, monkeypatch: pytest.MonkeyPatch) 
     assert find_bundle(copy) == copy
     with pytest.raises(BundleError, match="no bundle 'nothing'.*copy"):
         find_bundle("nothing")
+    with pytest.raises(BundleError, match="no bundle '~nobody-of-this-name/camvid'; give a folder"):
+        find_bundle("~nobody-of-this-name/camvid")
 
 
 def test_every_decoder_has_a_default_that_ships() -> None:

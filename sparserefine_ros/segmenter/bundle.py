@@ -127,7 +127,7 @@ def find_bundle(name_or_path: str | Path) -> Path:
 
     A name is looked for under $SPARSEREFINE_MODELS, then models/ of a source checkout, then the installed share folder.
     """
-    direct = Path(name_or_path).expanduser()
+    direct = Path(os.path.expanduser(name_or_path))  # Path's own raises for ~user where there is no such user
     if (direct / "model.yaml").is_file():
         return direct
     if direct.is_dir():
