@@ -109,6 +109,24 @@ def test_unreadable_yaml(copy: Path) -> None:
         Bundle.load(copy)
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"size": [64]}, r"size \[64\]; expected null or \[height, width\]"),
+        ({"size": "64"}, "size '64'"),
+        ({"size": [0, 64]}, r"size \[0, 64\]"),
+        ({"size": [64, 1.5]}, r"size \[64, 1.5\]"),
+        ({"size": [10**6, 10**6]}, "size .*at most 67108864 pixels"),
+        ({"size": None, "dtype": ["float32"]}, r"dtype \['float32'\]; expected text"),
+        ({"size": [64, 64], "input": 3}, "input 3; expected text"),
+    ],
+)
+def test_arguments_of_an_onnx_file_are_checked(copy: Path, args: dict, message: str) -> None:
+    edit(copy, lambda d: d["dense"].update(network="onnx", args=args))
+    with pytest.raises(BundleError, match=f"model.yaml: dense: {message}"):
+        Bundle.load(copy)
+
+
 def test_truncated_and_missing_weights(copy: Path) -> None:
     weights = copy / "refiner.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])

@@ -266,4 +266,22 @@ def _spec(key: str, data: Any) -> NetworkSpec:
             raise ValueError(f"{key}: {name} {data[name]!r:.80}; expected text")
     if "sha256" not in data:
         raise ValueError(f"{key} has no sha256 of its weights; if you trust them, `sparserefine rehash` writes it")
-    return NetworkSpec(**data)
+    spec = NetworkSpec(**data)
+    if spec.network == ONNX:
+        _check_onnx(key, spec.args)
+    return spec
+
+
+def _check_onnx(key: str, args: Mapping[str, Any]) -> None:
+    """ValueError unless ``args`` are what `onnx_file.inspect` writes; missing ones show where they are read."""
+    size = args.get("size")
+    if size is not None and not (
+        isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+        and size[0] * size[1] <= MAX_NATIVE
+    ):  # fmt: skip
+        raise ValueError(
+            f"{key}: size {size!r:.80}; expected null or [height, width] above 0, of at most {MAX_NATIVE} pixels"
+        )
+    for name in ("input", "output", "dtype"):
+        if name in args and not isinstance(args[name], str):
+            raise ValueError(f"{key}: {name} {args[name]!r:.80}; expected text")
