@@ -173,6 +173,15 @@ def test_without_any_one_kernel_torch_takes_over(lost: Path, monkeypatch: pytest
     assert isinstance(build_head(SparseRefiner(3, (4,)), CPU), NativeHead) == (lost in (CONV, MAPS))
 
 
+def test_a_compiler_may_speak_another_encoding(own_cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = own_cache.parents[1] / "cc"
+    compiler.write_bytes(b"#!/bin/sh\necho 'libert\xe9'\necho 'error: impossible \xe0 \xe9crire' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    with pytest.raises(NativeError, match="cannot compile mark.c: error: impossible"):
+        load(source)
+
+
 def test_source_that_does_not_compile_is_reported_and_leaves_nothing(own_cache: Path, source: Path) -> None:
     source.write_text("int broken = ;\n")
     with pytest.raises(NativeError, match="cannot compile mark.c: .*error"):

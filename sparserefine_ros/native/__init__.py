@@ -98,10 +98,14 @@ def _compiler() -> list[str]:
     raise NativeError(f"no C compiler: {name} not found; install gcc or clang (Debian: apt install gcc libc6-dev)")
 
 
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Its output with what is not in our encoding replaced: a compiler speaks the language of its own locale."""
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+
+
 @cache
 def _version(compiler: tuple[str, ...]) -> str:
-    done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
-    return done.stdout
+    return _run([*compiler, "--version"]).stdout
 
 
 @cache
@@ -119,9 +123,7 @@ def _compile(command: list[str], source: Path, library: Path) -> None:
     handle, partial = tempfile.mkstemp(prefix=f".{library.stem}-", dir=library.parent)
     os.close(handle)
     try:
-        done = subprocess.run(
-            [*command, "-o", partial, str(source), "-lm"], capture_output=True, text=True, check=False
-        )
+        done = _run([*command, "-o", partial, str(source), "-lm"])
         if done.returncode:
             said = done.stderr.splitlines()
             lines = [line for line in said if "error" in line or "No space left" in line] or said[-1:]
