@@ -182,6 +182,16 @@ def test_a_compiler_may_speak_another_encoding(own_cache: Path, source: Path, mo
         load(source)
 
 
+def test_a_compiler_that_cannot_be_run_is_named(own_cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = own_cache.parents[1] / "cc"
+    compiler.write_bytes(b"\x7fELF of another machine")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    with pytest.raises(NativeError, match=f"{compiler} cannot be run: .*Exec format error.*; install gcc"):
+        load(source)
+    assert pick_backend("auto", CPU).name == "torch"
+
+
 def test_source_that_does_not_compile_is_reported_and_leaves_nothing(own_cache: Path, source: Path) -> None:
     source.write_text("int broken = ;\n")
     with pytest.raises(NativeError, match="cannot compile mark.c: .*error"):

@@ -100,7 +100,10 @@ def _compiler() -> list[str]:
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     """Its output with what is not in our encoding replaced: a compiler speaks the language of its own locale."""
-    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:  # of another architecture, say
+        raise NativeError(f"{command[0]} cannot be run: {error}; install gcc and libc6-dev, or set CC") from error
 
 
 @cache
