@@ -12,13 +12,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
 from rclpy.exceptions import ParameterException
 from rclpy.node import Node
-from rclpy.qos import QoSPolicyKind, QoSProfile, qos_policy_name_from_kind
+from rclpy.qos import (
+    QoSCompatibility,
+    QoSPolicyKind,
+    QoSProfile,
+    qos_check_compatible,
+    qos_policy_name_from_kind,
+)
 from rclpy.qos_overriding_options import InvalidQosOverridesError, QoSOverridingOptions
 
 from sparserefine_ros.errors import ParameterError
+
+try:
+    from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
+except ImportError:  # humble
+    from rclpy.qos_event import PublisherEventCallbacks, SubscriptionEventCallbacks
 
 POLICIES = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY, QoSPolicyKind.DURABILITY)
 WEAKER = {"reliability": "best_effort", "durability": "volatile"}
@@ -74,7 +84,7 @@ class QosWatch:
                 f"incompatible QoS on {subscription.topic_name}: a publisher offers less {policy} than is asked for, "
                 "and none of its messages arrives; "
                 f"{_override(subscription.topic_name, 'subscription', policy, WEAKER, 'the publisher')}",
-                lambda: self.node.count_publishers(subscription.topic_name) > subscription.get_publisher_count(),
+                lambda: self.node.count_publishers(subscription.topic_name) > _connected(self.node, subscription),
             )
 
         subscription = self._made(
@@ -120,6 +130,15 @@ class QosWatch:
 def _copy(qos: QoSProfile) -> QoSProfile:
     """rclpy writes overrides into the profile that it is given."""
     return QoSProfile(history=qos.history, depth=qos.depth, reliability=qos.reliability, durability=qos.durability)
+
+
+def _connected(node: Node, subscription: Any) -> int:
+    """Publishers that the subscription gets messages of."""
+    if hasattr(subscription, "get_publisher_count"):  # not in humble
+        return int(subscription.get_publisher_count())
+    offered = [info.qos_profile for info in node.get_publishers_info_by_topic(subscription.topic_name)]
+    asked = subscription.qos_profile
+    return sum(qos_check_compatible(qos, asked)[0] != QoSCompatibility.ERROR for qos in offered)
 
 
 def _policy(event: Any) -> str:
