@@ -149,6 +149,18 @@ def test_overrides_take_effect_for_one_topic_alone(wire: Wire) -> None:
     assert other.get_subscription_count() == 0
 
 
+def test_a_topic_made_again_has_the_qos_asked_for_now(wire: Wire) -> None:
+    """As after cleanup, with another qos_reliability and qos_depth; what is overridden stays."""
+    ours = wire.node("again", **{"qos_overrides./again/image.subscription.depth": 3})
+    watch = QosWatch(ours)
+    for asked in (BEST_EFFORT, RELIABLE):
+        subscription = watch.subscription(Image, "/again/image", lambda data: None, asked)
+        (info,) = ours.get_subscriptions_info_by_topic("/again/image")
+        assert info.qos_profile.reliability == asked.reliability and subscription.qos_profile.depth == 3
+        watch.forget(subscription)
+        ours.destroy_subscription(subscription)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [("reliability", "sure", ["sure", "best_effort or reliable"]), ("depth", "many", ["depth", "a number"])],

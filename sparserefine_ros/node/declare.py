@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
@@ -40,7 +40,8 @@ def declare(node: Node) -> dict[str, Value]:
             node.declare_parameter(parameter.name, parameter.default, descriptor(parameter))
         except ParameterException as error:
             raise ParameterError(f"{error}; '{parameter.name}' must be: {parameter.values}") from error
-    unknown = sorted(set(_overrides(node)) - set(BY_NAME))
+    given = {name for name in overrides(node) if name != "use_sim_time" and "." not in name}  # dots: ROS's own
+    unknown = sorted(given - set(BY_NAME))
     if unknown:
         node.get_logger().warning(f"unknown parameters ignored: {', '.join(unknown)}; known: {', '.join(BY_NAME)}")
     return current(node)
@@ -51,10 +52,10 @@ def current(node: Node) -> dict[str, Value]:
     return {p.name: p.check(node.get_parameter(p.name).value) for p in PARAMETERS}
 
 
-def _overrides(node: Node) -> list[str]:
-    """Names given on the command line or in a parameter file that are not ROS's own."""
-    given: dict[str, Any] = getattr(node, "_parameter_overrides", {})  # no public way in any distribution
-    return [name for name in given if name != "use_sim_time" and "." not in name]
+def overrides(node: Node) -> Mapping[str, Any]:
+    """What the command line or a parameter file gives, by full name."""
+    given: Mapping[str, Any] = getattr(node, "_parameter_overrides", {})  # no public way in any distribution
+    return given
 
 
 def on_change(node: Node, apply: Callable[[str, Value], None]) -> None:

@@ -24,6 +24,7 @@ from rclpy.qos import (
 from rclpy.qos_overriding_options import InvalidQosOverridesError, QoSOverridingOptions
 
 from sparserefine_ros.errors import ParameterError
+from sparserefine_ros.node.declare import overrides
 
 try:
     from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
@@ -63,14 +64,15 @@ class QosWatch:
             )
 
         publisher = self._made(
-            lambda: self.node.create_publisher(
+            lambda options: self.node.create_publisher(
                 kind,
                 topic,
                 _copy(qos),
                 event_callbacks=PublisherEventCallbacks(incompatible_qos=incompatible),
-                qos_overriding_options=QoSOverridingOptions(POLICIES),
+                qos_overriding_options=options,
             ),
             topic,
+            "publisher",
         )
         return publisher
 
@@ -88,16 +90,17 @@ class QosWatch:
             )
 
         subscription = self._made(
-            lambda: self.node.create_subscription(
+            lambda options: self.node.create_subscription(
                 kind,
                 topic,
                 callback,
                 _copy(qos),
                 event_callbacks=SubscriptionEventCallbacks(incompatible_qos=incompatible),
-                qos_overriding_options=QoSOverridingOptions(POLICIES),
+                qos_overriding_options=options,
                 raw=True,
             ),
             topic,
+            "subscription",
         )
         return subscription
 
@@ -113,12 +116,14 @@ class QosWatch:
         self._mismatches[endpoint] = Mismatch(text, unconnected)
         self.node.get_logger().warning(text)
 
-    def _made(self, make: Callable[[], Any], topic: str) -> Any:
+    def _made(self, make: Callable[[QoSOverridingOptions], Any], topic: str, role: str) -> Any:
+        name = f"qos_overrides.{self.node.resolve_topic_name(topic)}.{role}."
+        # rclpy declares a parameter for each policy it is told of, for good: those that nobody has set would bring the
+        # first subscription's QoS back into one made with another qos_depth.
+        given = [policy for policy in POLICIES if name + policy.name.lower() in overrides(self.node)]
         try:
-            return make()
+            return make(QoSOverridingOptions(given))
         except (ParameterException, InvalidQosOverridesError, RuntimeError, TypeError, ValueError) as error:
-            name = f"qos_overrides.{self.node.resolve_topic_name(topic)}."
-            given = self.node.get_parameters_by_prefix(name.rstrip("."))
             if not given:
                 raise
             raise ParameterError(
