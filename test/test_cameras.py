@@ -16,8 +16,10 @@ import pytest
 
 rclpy = pytest.importorskip("rclpy")
 
+from lifecycle_msgs.msg import Transition  # noqa: E402
+from lifecycle_msgs.srv import ChangeState  # noqa: E402
 from rclpy.context import Context  # noqa: E402
-from rclpy.lifecycle import TransitionCallbackReturn  # noqa: E402
+from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 from rclpy.serialization import serialize_message  # noqa: E402
 from ros_client import fill_image  # noqa: E402
@@ -31,6 +33,7 @@ from sparserefine_ros.node import rig  # noqa: E402
 from sparserefine_ros.node.device_health import device_health, free_memory  # noqa: E402
 from sparserefine_ros.node.percentiles import StageWindow  # noqa: E402
 from sparserefine_ros.node.process import free_domain_id  # noqa: E402
+from sparserefine_ros.node.refusal import Refusal  # noqa: E402
 from sparserefine_ros.node.segment_node import SegmentNode  # noqa: E402
 from sparserefine_ros.node.sources import Search, Source, fixed_sources  # noqa: E402
 from sparserefine_ros.segmenter.segmenter import Segmentation  # noqa: E402
@@ -420,6 +423,21 @@ def test_a_life_by_hand(context: Context, make: Callable[..., Bench]) -> None:
     assert node.trigger_shutdown() == done and state() == "finalized"
     gc.collect()
     assert models[1]() is None
+
+
+def test_a_transition_that_is_not_allowed_is_refused(make: Callable[..., Bench], monkeypatch: Any) -> None:
+    """In every distribution: where rclpy lets it out of the service (humble, jazzy), it would end the process."""
+    bench = make(autostart="false")
+    service = bench.node._service_change_state
+    request = ChangeState.Request(transition=Transition(id=Transition.TRANSITION_ACTIVATE))
+    assert not service.callback(request, ChangeState.Response(success=True)).success
+
+    def raises(*_: Any) -> Any:
+        raise Refusal("Failed to trigger lifecycle state machine transition: Transition is not registered.")
+
+    monkeypatch.setattr(LifecycleNode, "_LifecycleNodeMixin__change_state", raises)
+    assert not service.callback(request, ChangeState.Response(success=True)).success
+    assert bench.node._state_machine.current_state[1] == "unconfigured"
 
 
 def test_diagnostics_tell_what_the_start_is_at(make: Callable[..., Bench]) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any
 
+from lifecycle_msgs.srv import ChangeState
 from rclpy import get_rmw_implementation_identifier
 from rclpy.clock import Clock, ClockType
 from rclpy.executors import ExternalShutdownException
@@ -33,6 +34,7 @@ from sparserefine_ros.node.model import LOADING, Announce, number_or_none, start
 from sparserefine_ros.node.parameters import BY_NAME, Value
 from sparserefine_ros.node.qos import QosWatch
 from sparserefine_ros.node.receipt import received
+from sparserefine_ros.node.refusal import Refusal
 from sparserefine_ros.node.reports import NodeState, Reporter
 from sparserefine_ros.node.rig import Rig
 from sparserefine_ros.node.scheduler import Scheduler
@@ -79,6 +81,8 @@ class SegmentNode(LifecycleNode):
         self._ticks = 0
         # A steady clock: with use_sim_time the node must be able to say that no /clock and no image comes.
         self._timer = self.create_timer(1.0, self._tick, clock=Clock(clock_type=ClockType.STEADY_TIME))
+        self._change_state = self._service_change_state.callback
+        self._service_change_state.callback = self._on_change_state
         self._enable = self.create_service(SetBool, "~/enable", self._on_enable)
 
     # Transitions -----------------------------------------------------------------------------------------------------
@@ -95,6 +99,17 @@ class SegmentNode(LifecycleNode):
                     raise self._failure or RuntimeError(f"the transition {trigger.__name__} failed")
         finally:
             self._spin = None
+
+    def _on_change_state(self, request: ChangeState.Request, response: ChangeState.Response) -> ChangeState.Response:
+        """Service ~/change_state. The rclpy of humble and jazzy raises for a transition that the state does not allow,
+        which would end the process."""
+        try:
+            result: ChangeState.Response = self._change_state(request, response)
+            return result
+        except Refusal as error:
+            self.get_logger().error(f"transition {request.transition.label or request.transition.id} refused: {error}")
+            response.success = False
+            return response
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Parameters, model, topics. A failure is logged and leaves the node unconfigured."""
