@@ -229,6 +229,23 @@ def test_live_parameters_reach_the_segmenter(bench: Bench) -> None:
     assert result.successful and bench.node._worker.opacity == 0.0
 
 
+def test_parameters_set_together_take_effect_together_or_not_at_all(bench: Bench) -> None:
+    together = lambda **values: bench.node.set_parameters_atomically(  # noqa: E731
+        [Parameter(name, value=value) for name, value in values.items()]
+    )
+    assert together(latency_budget_ms=50.0, budget_threshold_min=0.1, budget_threshold_max=0.4).successful
+    budget = bench.node._worker.budget
+    assert (budget.budget_ms, budget.lowest, budget.highest) == (50.0, 0.1, 0.4)
+    result = together(budget_threshold_min=0.6, budget_threshold_max=0.9, entropy_threshold=0.7)
+    assert result.successful, result.reason
+    budget = bench.node._worker.budget
+    assert (budget.budget_ms, budget.lowest, budget.highest) == (50.0, 0.6, 0.9)
+    assert not together(entropy_threshold=0.2, overlay_opacity=0.1, qos_depth=7).successful, "one is read-only"
+    assert not together(entropy_threshold=0.2, overlay_opacity=0.1, budget_threshold_max=0.5).successful
+    assert bench.segmenter.entropy_threshold == 0.7 and bench.node._worker.opacity == 0.5
+    assert bench.node._worker.budget is budget
+
+
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [

@@ -58,14 +58,12 @@ def overrides(node: Node) -> Mapping[str, Any]:
     return given
 
 
-def on_change(node: Node, apply: Callable[[str, Value], None]) -> None:
-    """Checks each live change and hands it to `apply`; what either refuses is refused with its reason."""
+def on_change(node: Node, apply: Callable[[Mapping[str, Value]], None]) -> None:
+    """Checks live changes and hands those made together to `apply`; what either refuses is refused with its reason."""
 
     def changed(parameters: Sequence[Any]) -> SetParametersResult:
         try:
-            checked = {p.name: BY_NAME[p.name].check(p.value) for p in parameters if p.name in BY_NAME}
-            for name, value in checked.items():
-                apply(name, value)
+            apply({p.name: BY_NAME[p.name].check(p.value) for p in parameters if p.name in BY_NAME})
         except SparseRefineError as error:
             return SetParametersResult(successful=False, reason=str(error))
         return SetParametersResult(successful=True)

@@ -153,7 +153,7 @@ class SegmentNode(LifecycleNode):
         self._values = values = current(self)
         self._state = LOADING
         self._segmenter = segmenter = self._loaded(values)
-        self._change("entropy_threshold", self.get_parameter("entropy_threshold").value)  # changed meanwhile
+        self._change({"entropy_threshold": self.get_parameter("entropy_threshold").value})  # changed meanwhile
         self._rig = Rig(self._qos, values, segmenter.classes, segmenter.has_superpixels)
         self._state = "inactive"
         self.get_logger().info(
@@ -240,27 +240,28 @@ class SegmentNode(LifecycleNode):
         what = f"model {s.bundle.name} ({decoder}, {len(s.classes)} classes)"
         return f"{what} on {s.device}, {s.precision}, runtime {s.runtime}{engine}"
 
-    def _change(self, name: str, value: Value) -> None:
-        """A parameter change while running; raises ParameterError to refuse it."""
-        if self._values is not None and not BY_NAME[name].live:
-            raise ParameterError(
-                f"'{name}' is read-only while the node is configured; first deactivate it and clean it up "
-                "(ros2 lifecycle set)"
-            )
-        if name == "entropy_threshold" and self._segmenter is not None:
-            number, before = number_or_none(value), self._segmenter.entropy_threshold
-            self._segmenter.entropy_threshold = self._segmenter.bundle.entropy_threshold if number is None else number
+    def _change(self, values: Mapping[str, Value]) -> None:
+        """Parameters change while running, all of them or none; raises ParameterError to refuse them."""
+        for name in values:
+            if self._values is not None and not BY_NAME[name].live:
+                raise ParameterError(
+                    f"'{name}' is read-only while the node is configured; first deactivate it and clean it up "
+                    "(ros2 lifecycle set)"
+                )
+        if self._segmenter is not None and not values.keys().isdisjoint(("entropy_threshold", *BUDGET_PARAMETERS)):
+            before = self._segmenter.entropy_threshold
+            if "entropy_threshold" in values:
+                number = number_or_none(values["entropy_threshold"])
+                auto = self._segmenter.bundle.entropy_threshold
+                self._segmenter.entropy_threshold = auto if number is None else number
             try:
-                self._set_budget()
+                self._set_budget(**{name: value for name, value in values.items() if name in BUDGET_PARAMETERS})
             except ParameterError:
                 self._segmenter.entropy_threshold = before
                 raise
-        elif name in BUDGET_PARAMETERS:
-            self._set_budget(**{name: value})
-        elif name == "overlay_opacity" and self._worker is not None:
-            self._worker.opacity = float(value)
-        elif name == "output_scale" and self._worker is not None:
-            self._worker.scale = float(value)
+        if self._worker is not None:
+            self._worker.opacity = float(values.get("overlay_opacity", self._worker.opacity))
+            self._worker.scale = float(values.get("output_scale", self._worker.scale))
 
     def _set_budget(self, **changed: Value) -> None:
         if self._worker is not None and self._segmenter is not None:
