@@ -8,6 +8,7 @@ from typing import Any
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
 from rclpy.exceptions import ParameterException
 from rclpy.node import Node
+from rclpy.parameter import Parameter as RosParameter
 
 from sparserefine_ros.errors import ParameterError, SparseRefineError
 from sparserefine_ros.node.parameters import BY_NAME, PARAMETERS, Parameter, Value
@@ -63,6 +64,9 @@ def on_change(node: Node, apply: Callable[[Mapping[str, Value]], None]) -> None:
 
     def changed(parameters: Sequence[Any]) -> SetParametersResult:
         try:
+            for p in parameters:
+                if p.name in BY_NAME and p.type_ == RosParameter.Type.NOT_SET:  # `[]`, too, has a type here
+                    raise ParameterError(f"parameter '{p.name}' cannot be deleted; set it to its default instead")
             apply({p.name: BY_NAME[p.name].check(p.value) for p in parameters if p.name in BY_NAME})
         except SparseRefineError as error:
             return SetParametersResult(successful=False, reason=str(error))
