@@ -240,6 +240,39 @@ def test_cameras_that_match_come_and_go(make: Callable[..., Bench], monkeypatch:
     assert [camera.name for camera in bench.node.cameras] == ["pair", "camera/front"]
 
 
+def test_a_topic_that_cannot_be_a_camera_costs_itself_only(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that DDS allows and ROS does not; an override that is no QoS. Nothing of them stays."""
+    bad = "qos_overrides./camera/odd/image_raw.subscription.reliability"
+    bench = make(cameras=["/camera/*/image_raw"], **{bad: "sure"}).start()
+    topics = [(f"/camera/{name}/image_raw", [KIND]) for name in ("9x", "odd", "rear")]
+    monkeypatch.setattr(bench.node, "get_topic_names_and_types", lambda: topics)
+    count = bench.node.count_publishers  # refuses odd names
+    monkeypatch.setattr(bench.node, "count_publishers", lambda topic: count(topic) + 1)
+    for _ in range(2):
+        bench.node._tick()
+        assert [camera.name for camera in bench.node.cameras] == ["camera/rear"]
+    assert not [p.topic_name for p in bench.node.publishers if p.topic_name.startswith("/camera/odd")]
+    assert set(bench.node._worker.scheduler._lines) == set(bench.node.cameras)
+
+
+def test_a_camera_may_take_the_place_of_one_that_is_gone(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make(cameras=["/pair/*"]).start()
+    topics = {"/pair/left": 1, "/pair/right": 1}
+    monkeypatch.setattr(bench.node, "get_topic_names_and_types", lambda: [(topic, [KIND]) for topic in topics])
+    monkeypatch.setattr(bench.node, "count_publishers", lambda topic: topics.get(topic, 0))
+    monkeypatch.setattr(rig, "FORGET_S", 0.0)
+    bench.node._tick()
+    assert [camera.image_topic for camera in bench.node.cameras] == ["/pair/left"]
+    del topics["/pair/left"]
+    for _ in range(2):
+        bench.node._tick()
+    assert [camera.image_topic for camera in bench.node.cameras] == ["/pair/right"]
+
+
 def test_patterns_cannot_fill_the_memory(make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rig, "MAX_CAMERAS", 2)
     bench = make(cameras=["/camera/*/image_raw"]).start()
