@@ -257,6 +257,13 @@ def test_a_topic_that_cannot_be_a_camera_costs_itself_only(
     assert set(bench.node._worker.scheduler._lines) == set(bench.node.cameras)
 
 
+def test_a_configure_that_fails_half_way_leaves_no_topics(make: Callable[..., Bench]) -> None:
+    bench = make(**{"qos_overrides./segmentation/overlay.publisher.reliability": "sure"})
+    with pytest.raises(ParameterError, match="qos_overrides./segmentation/overlay"):
+        bench.start()
+    assert not [p.topic_name for p in bench.node.publishers if "segmentation" in p.topic_name]
+
+
 def test_a_camera_may_take_the_place_of_one_that_is_gone(
     make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
