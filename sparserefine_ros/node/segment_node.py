@@ -275,7 +275,7 @@ class SegmentNode(LifecycleNode):
 
     def _receive(self, camera: Camera, frame: bytes) -> None:
         stamp = stamp_of(frame)
-        camera.arrivals.arrived(stamp, time.monotonic())
+        camera.arrived(stamp)
         receipt = received(frame, stamp, self.get_clock().now().nanoseconds, time.perf_counter())
         camera.stamps_believed = receipt.believed
         worker = self._worker
