@@ -280,6 +280,27 @@ def test_a_camera_may_take_the_place_of_one_that_is_gone(
     assert [camera.image_topic for camera in bench.node.cameras] == ["/pair/right"]
 
 
+def test_masks_per_second_are_those_of_the_cameras_there_are(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A camera that is forgotten takes its count with it; the rate of the others stays."""
+    bench = make(cameras=["front", "/camera/*/image_raw"]).start()
+    topics = {"/camera/rear/image_raw": 1}
+    monkeypatch.setattr(bench.node, "get_topic_names_and_types", lambda: [(topic, [KIND]) for topic in topics])
+    monkeypatch.setattr(bench.node, "count_publishers", lambda topic: topics.get(topic, 0))
+    bench.node._tick()
+    rates = []
+    for number in range(8):
+        bench.camera("front").counters.add(processed=10)
+        if number < 4:
+            bench.camera("camera/rear").counters.add(processed=30)
+        if number == 4:
+            topics.clear()
+            monkeypatch.setattr(rig, "FORGET_S", 0.0)
+        rates.append(float(rows(bench.diagnostics()[0])["masks_per_second"]))
+    assert rates == [20.0, 26.7, 30.0, 32.0, 34.0, 28.0, 22.0, 16.0], "means of the last five, the first of them 0"
+
+
 def test_patterns_cannot_fill_the_memory(make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rig, "MAX_CAMERAS", 2)
     bench = make(cameras=["/camera/*/image_raw"]).start()
@@ -447,6 +468,9 @@ def test_a_life_by_hand(context: Context, make: Callable[..., Bench]) -> None:
     bench.settled()
     assert node.trigger_deactivate() == done and state() == "inactive"
     assert node._worker is None and models[0]() is not None
+    bench.camera("front").publishers = lambda: 1
+    _, front = bench.diagnostics()
+    assert front.level == b"\1" and front.message.startswith("not subscribed"), front.message
     bench.feed("front", 5)
     assert bench.counts("front") == {"received": 2, "processed": 1, "dropped": 1} and bench.masks["front"] == [4]
     assert node.trigger_activate() == done

@@ -115,6 +115,8 @@ class Camera:
         if publishers and not trouble and unanswered is not None and now - unanswered > PATIENCE_S:
             trouble = f"no mask for {now - unanswered:.0f} s although images arrive; the model hangs, or is too slow"
         level, message = judge(trouble, self._counted, counts, publishers)
+        if self._subscription is None:
+            level, message, complaint = "warn", "not subscribed: the node is not active", ""
         self._counted = counts
         values: dict[str, object] = {"image_topic": self.image_topic, "publishers": publishers}
         values |= counts | {"waiting": waiting, "estimated_loss": f"{self.arrivals.loss():.2f}"}
