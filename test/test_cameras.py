@@ -584,3 +584,20 @@ def test_a_gpus_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     free_memory()
     assert emptied == [1]
+
+
+def test_a_broken_gpu_keeps_the_node_from_no_transition(make: Callable[..., Bench], monkeypatch: Any) -> None:
+    """After an illegal access every CUDA call fails, giving back memory too."""
+    import torch
+
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", broken)
+    bench = make().start()
+    node = bench.node
+    assert node.trigger_deactivate() == node.trigger_cleanup() == TransitionCallbackReturn.SUCCESS
+    node._load = lambda values, announce: broken()
+    assert node.trigger_configure() == TransitionCallbackReturn.FAILURE
+    assert node._state_machine.current_state[1] == "unconfigured" and "illegal" in str(node._failure)
