@@ -489,6 +489,22 @@ def test_a_life_by_hand(context: Context, make: Callable[..., Bench]) -> None:
     assert models[1]() is None
 
 
+def test_a_configure_that_fails_half_way_frees_the_model(make: Callable[..., Bench]) -> None:
+    bench = make(autostart="false", cameras=["/camera/left", "/camera/right"])
+    models: list[Any] = []
+
+    def load(values: Any, announce: Callable[[str], None]) -> StandIn:
+        model = StandIn()
+        models.append(weakref.ref(model))
+        return model
+
+    bench.node._load = load
+    assert bench.node.trigger_configure() == TransitionCallbackReturn.FAILURE
+    assert "give the cameras names" in str(bench.node._failure)
+    gc.collect()
+    assert models[0]() is None
+
+
 def test_a_transition_that_is_not_allowed_is_refused(make: Callable[..., Bench], monkeypatch: Any) -> None:
     """In every distribution: where rclpy lets it out of the service (humble, jazzy), it would end the process."""
     bench = make(autostart="false")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any
@@ -142,6 +143,7 @@ class SegmentNode(LifecycleNode):
             raise SystemExit(0) from None
         except Exception as error:  # rclpy would swallow it
             self._failure = error
+            traceback.clear_frames(error.__traceback__)  # they hold the model that is to go
             undo()
             if self.context.ok():
                 what = str(error) if isinstance(error, SparseRefineError) else f"{type(error).__name__}: {error}"
