@@ -378,6 +378,30 @@ def test_only_the_guilty_frames_of_a_batch_are_lost(make: Callable[..., Bench]) 
     assert rows(cameras[2])["malformed"] == "1" and rows(cameras[0])["image_topic"] == "/front/image"
 
 
+def test_no_frame_is_counted_twice(make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may end when the mask is out; the frame has been processed, and nothing of its batch has failed."""
+    bench = make(cameras=["front", "left"], latency_budget_ms=30000.0)
+    bench.segmenter.segment = lambda images, choose=None: StandIn.segment(bench.segmenter, images)
+    bench.start()
+
+    def full(*_: Any) -> Any:
+        raise MemoryError
+
+    worker = bench.node._worker
+    for place, name in ((worker.stages, "add"), (worker.budget, "observe")):
+        before = bench.counts("front").get("processed", 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, full)
+            bench.feed("front", 1)
+            bench.until(lambda before=before: bench.counts("front").get("processed", 0) > before)
+            bench.feed("left", 2)
+            bench.until(lambda before=before: bench.counts("left").get("processed", 0) > before)
+    bench.feed("front", 3)
+    bench.settled()
+    assert bench.counts("front") == {"received": 3, "processed": 3}
+    assert bench.counts("left") == {"received": 2, "processed": 2}
+
+
 def test_six_busy_cameras_get_equal_shares_of_the_worker(make: Callable[..., Bench]) -> None:
     """A feeder keeps every slot full with the two fast ones sending ten times as often."""
     names = [f"camera{i}" for i in range(6)]
