@@ -34,6 +34,7 @@ from sparserefine_ros.node.device_health import device_health, free_memory  # no
 from sparserefine_ros.node.percentiles import StageWindow  # noqa: E402
 from sparserefine_ros.node.process import free_domain_id  # noqa: E402
 from sparserefine_ros.node.refusal import Refusal  # noqa: E402
+from sparserefine_ros.node.reports import NodeState  # noqa: E402
 from sparserefine_ros.node.segment_node import SegmentNode  # noqa: E402
 from sparserefine_ros.node.sources import Search, Source, fixed_sources  # noqa: E402
 from sparserefine_ros.segmenter.segmenter import Segmentation  # noqa: E402
@@ -299,6 +300,18 @@ def test_masks_per_second_are_those_of_the_cameras_there_are(
             monkeypatch.setattr(rig, "FORGET_S", 0.0)
         rates.append(float(rows(bench.diagnostics()[0])["masks_per_second"]))
     assert rates == [20.0, 26.7, 30.0, 32.0, 34.0, 28.0, 22.0, 16.0], "means of the last five, the first of them 0"
+
+
+def test_the_node_tells_the_sum_of_what_the_cameras_tell(make: Callable[..., Bench]) -> None:
+    """Whatever the worker counts while the report is written."""
+    bench = make(cameras=["front", "left"]).start()
+    sent: list[Any] = []
+    bench.node._reporter._publisher.publish = sent.append
+    statuses = {camera: camera.status(0, "") for camera in bench.node.cameras}
+    bench.camera("front").counters.add(processed=1)
+    bench.node._reporter.publish(NodeState("active"), statuses)
+    node, *cameras = (rows(status) for status in sent[-1].status)
+    assert int(node["processed"]) == sum(int(camera["processed"]) for camera in cameras) == 0
 
 
 def test_patterns_cannot_fill_the_memory(make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:

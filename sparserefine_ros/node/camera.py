@@ -35,6 +35,7 @@ class CameraStatus:
     level: str
     message: str
     complaint: str  # about the frames' arrival; empty where all is well
+    counts: dict[str, int]
     values: dict[str, object]
 
 
@@ -123,4 +124,4 @@ class Camera:
         values["latency_counts_from"] = "stamp" if self.stamps_believed else f"receipt: {DISBELIEF}"
         if self.report is not None:
             values |= self.report.key_values()
-        return CameraStatus(level, message, complaint, values)
+        return CameraStatus(level, message, complaint, counts, values)

@@ -38,9 +38,8 @@ class Reporter:
 
     def publish(self, own: NodeState, cameras: Mapping[Camera, CameraStatus]) -> None:
         """One report."""
-        counters = {camera: camera.counters.values() for camera in cameras}
-        counts = {name: sum(values[name] for values in counters.values()) for name in Counters().values()}
-        processed = {camera: values["processed"] for camera, values in counters.items()}
+        counts = {name: sum(its.counts[name] for its in cameras.values()) for name in Counters().values()}
+        processed = {camera: its.counts["processed"] for camera, its in cameras.items()}
         self._new.append(sum(count - self._processed.get(camera, 0) for camera, count in processed.items()))
         self._processed = processed
         rate = sum(self._new) / len(self._new)
