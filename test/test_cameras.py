@@ -322,6 +322,10 @@ def test_patterns_cannot_fill_the_memory(make: Callable[..., Bench], monkeypatch
     monkeypatch.setattr(bench.node, "count_publishers", lambda topic: 1)
     bench.node._tick()
     assert [camera.name for camera in bench.node.cameras] == ["camera/c0", "camera/c1"]
+    for i in range(4, 20):  # topics that come and go
+        topics[2:] = [(f"/camera/c{i}/image_raw", [KIND])]
+        bench.node._tick()
+    assert len(bench.node.cameras) == 2 and bench.node._rig._refused == {"/camera/c19/image_raw"}
 
 
 # Batches and failures

@@ -86,8 +86,10 @@ class Rig:
             return
         _, kind, suffix = TRANSPORTS[self._transport]
         ours = {publisher.topic_name for camera in self.cameras for publisher in camera.outputs.publishers}
+        graph = self._node.get_topic_names_and_types()
+        self._refused &= {topic for topic, _ in graph}  # topics that come and go must not fill the memory either
         known = {camera.image_topic for camera in self.cameras} | self._refused | ours
-        for source in self._search.sources(self._node.get_topic_names_and_types(), kind):
+        for source in self._search.sources(graph, kind):
             topic = source.image + suffix
             if topic in known:
                 continue
