@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any
 
-from lifecycle_msgs.srv import ChangeState
 from rclpy import get_rmw_implementation_identifier
 from rclpy.clock import Clock, ClockType
 from rclpy.executors import ExternalShutdownException
@@ -101,12 +100,11 @@ class SegmentNode(LifecycleNode):
         finally:
             self._spin = None
 
-    def _on_change_state(self, request: ChangeState.Request, response: ChangeState.Response) -> ChangeState.Response:
-        """Service ~/change_state. The rclpy of humble and jazzy raises for a transition that the state does not allow,
-        which would end the process."""
+    def _on_change_state(self, request: Any, response: Any) -> Any:
+        """Service ~/change_state, lifecycle_msgs/ChangeState. The rclpy of humble and jazzy raises for a transition
+        that the state does not allow, which would end the process."""
         try:
-            result: ChangeState.Response = self._change_state(request, response)
-            return result
+            return self._change_state(request, response)
         except Refusal as error:
             self.get_logger().error(f"transition {request.transition.label or request.transition.id} refused: {error}")
             response.success = False
