@@ -16,8 +16,10 @@ import pytest
 
 rclpy = pytest.importorskip("rclpy")
 
+from lifecycle_msgs.msg import Transition  # noqa: E402
+from lifecycle_msgs.srv import ChangeState  # noqa: E402
 from rclpy.context import Context  # noqa: E402
-from rclpy.lifecycle import TransitionCallbackReturn  # noqa: E402
+from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 from rclpy.serialization import serialize_message  # noqa: E402
 from ros_client import fill_image  # noqa: E402
@@ -31,6 +33,8 @@ from sparserefine_ros.node import rig  # noqa: E402
 from sparserefine_ros.node.device_health import device_health, free_memory  # noqa: E402
 from sparserefine_ros.node.percentiles import StageWindow  # noqa: E402
 from sparserefine_ros.node.process import free_domain_id  # noqa: E402
+from sparserefine_ros.node.refusal import Refusal  # noqa: E402
+from sparserefine_ros.node.reports import NodeState  # noqa: E402
 from sparserefine_ros.node.segment_node import SegmentNode  # noqa: E402
 from sparserefine_ros.node.sources import Search, Source, fixed_sources  # noqa: E402
 from sparserefine_ros.segmenter.segmenter import Segmentation  # noqa: E402
@@ -237,6 +241,79 @@ def test_cameras_that_match_come_and_go(make: Callable[..., Bench], monkeypatch:
     assert [camera.name for camera in bench.node.cameras] == ["pair", "camera/front"]
 
 
+def test_a_topic_that_cannot_be_a_camera_costs_itself_only(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that DDS allows and ROS does not; an override that is no QoS. Nothing of them stays."""
+    bad = "qos_overrides./camera/odd/image_raw.subscription.reliability"
+    bench = make(cameras=["/camera/*/image_raw"], **{bad: "sure"}).start()
+    topics = [(f"/camera/{name}/image_raw", [KIND]) for name in ("9x", "odd", "rear")]
+    monkeypatch.setattr(bench.node, "get_topic_names_and_types", lambda: topics)
+    count = bench.node.count_publishers  # refuses odd names
+    monkeypatch.setattr(bench.node, "count_publishers", lambda topic: count(topic) + 1)
+    for _ in range(2):
+        bench.node._tick()
+        assert [camera.name for camera in bench.node.cameras] == ["camera/rear"]
+    assert not [p.topic_name for p in bench.node.publishers if p.topic_name.startswith("/camera/odd")]
+    assert set(bench.node._worker.scheduler._lines) == set(bench.node.cameras)
+
+
+def test_a_configure_that_fails_half_way_leaves_no_topics(make: Callable[..., Bench]) -> None:
+    bench = make(**{"qos_overrides./segmentation/overlay.publisher.reliability": "sure"})
+    with pytest.raises(ParameterError, match="qos_overrides./segmentation/overlay"):
+        bench.start()
+    assert not [p.topic_name for p in bench.node.publishers if "segmentation" in p.topic_name]
+
+
+def test_a_camera_may_take_the_place_of_one_that_is_gone(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make(cameras=["/pair/*"]).start()
+    topics = {"/pair/left": 1, "/pair/right": 1}
+    monkeypatch.setattr(bench.node, "get_topic_names_and_types", lambda: [(topic, [KIND]) for topic in topics])
+    monkeypatch.setattr(bench.node, "count_publishers", lambda topic: topics.get(topic, 0))
+    monkeypatch.setattr(rig, "FORGET_S", 0.0)
+    bench.node._tick()
+    assert [camera.image_topic for camera in bench.node.cameras] == ["/pair/left"]
+    del topics["/pair/left"]
+    for _ in range(2):
+        bench.node._tick()
+    assert [camera.image_topic for camera in bench.node.cameras] == ["/pair/right"]
+
+
+def test_masks_per_second_are_those_of_the_cameras_there_are(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A camera that is forgotten takes its count with it; the rate of the others stays."""
+    bench = make(cameras=["front", "/camera/*/image_raw"]).start()
+    topics = {"/camera/rear/image_raw": 1}
+    monkeypatch.setattr(bench.node, "get_topic_names_and_types", lambda: [(topic, [KIND]) for topic in topics])
+    monkeypatch.setattr(bench.node, "count_publishers", lambda topic: topics.get(topic, 0))
+    bench.node._tick()
+    rates = []
+    for number in range(8):
+        bench.camera("front").counters.add(processed=10)
+        if number < 4:
+            bench.camera("camera/rear").counters.add(processed=30)
+        if number == 4:
+            topics.clear()
+            monkeypatch.setattr(rig, "FORGET_S", 0.0)
+        rates.append(float(rows(bench.diagnostics()[0])["masks_per_second"]))
+    assert rates == [20.0, 26.7, 30.0, 32.0, 34.0, 28.0, 22.0, 16.0], "means of the last five, the first of them 0"
+
+
+def test_the_node_tells_the_sum_of_what_the_cameras_tell(make: Callable[..., Bench]) -> None:
+    """Whatever the worker counts while the report is written."""
+    bench = make(cameras=["front", "left"]).start()
+    sent: list[Any] = []
+    bench.node._reporter._publisher.publish = sent.append
+    statuses = {camera: camera.status(0, "") for camera in bench.node.cameras}
+    bench.camera("front").counters.add(processed=1)
+    bench.node._reporter.publish(NodeState("active"), statuses)
+    node, *cameras = (rows(status) for status in sent[-1].status)
+    assert int(node["processed"]) == sum(int(camera["processed"]) for camera in cameras) == 0
+
+
 def test_patterns_cannot_fill_the_memory(make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rig, "MAX_CAMERAS", 2)
     bench = make(cameras=["/camera/*/image_raw"]).start()
@@ -245,6 +322,10 @@ def test_patterns_cannot_fill_the_memory(make: Callable[..., Bench], monkeypatch
     monkeypatch.setattr(bench.node, "count_publishers", lambda topic: 1)
     bench.node._tick()
     assert [camera.name for camera in bench.node.cameras] == ["camera/c0", "camera/c1"]
+    for i in range(4, 20):  # topics that come and go
+        topics[2:] = [(f"/camera/c{i}/image_raw", [KIND])]
+        bench.node._tick()
+    assert len(bench.node.cameras) == 2 and bench.node._rig._refused == {"/camera/c19/image_raw"}
 
 
 # Batches and failures
@@ -312,6 +393,30 @@ def test_only_the_guilty_frames_of_a_batch_are_lost(make: Callable[..., Bench]) 
         "segment: camera front": 1, "segment: camera left": 2, "segment: camera right": 1, "segment: camera rear": 1,
     }  # fmt: skip
     assert rows(cameras[2])["malformed"] == "1" and rows(cameras[0])["image_topic"] == "/front/image"
+
+
+def test_no_frame_is_counted_twice(make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may end when the mask is out; the frame has been processed, and nothing of its batch has failed."""
+    bench = make(cameras=["front", "left"], latency_budget_ms=30000.0)
+    bench.segmenter.segment = lambda images, choose=None: StandIn.segment(bench.segmenter, images)
+    bench.start()
+
+    def full(*_: Any) -> Any:
+        raise MemoryError
+
+    worker = bench.node._worker
+    for place, name in ((worker.stages, "add"), (worker.budget, "observe")):
+        before = bench.counts("front").get("processed", 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, full)
+            bench.feed("front", 1)
+            bench.until(lambda before=before: bench.counts("front").get("processed", 0) > before)
+            bench.feed("left", 2)
+            bench.until(lambda before=before: bench.counts("left").get("processed", 0) > before)
+    bench.feed("front", 3)
+    bench.settled()
+    assert bench.counts("front") == {"received": 3, "processed": 3}
+    assert bench.counts("left") == {"received": 2, "processed": 2}
 
 
 def test_six_busy_cameras_get_equal_shares_of_the_worker(make: Callable[..., Bench]) -> None:
@@ -404,6 +509,9 @@ def test_a_life_by_hand(context: Context, make: Callable[..., Bench]) -> None:
     bench.settled()
     assert node.trigger_deactivate() == done and state() == "inactive"
     assert node._worker is None and models[0]() is not None
+    bench.camera("front").publishers = lambda: 1
+    _, front = bench.diagnostics()
+    assert front.level == b"\1" and front.message.startswith("not subscribed"), front.message
     bench.feed("front", 5)
     assert bench.counts("front") == {"received": 2, "processed": 1, "dropped": 1} and bench.masks["front"] == [4]
     assert node.trigger_activate() == done
@@ -420,6 +528,37 @@ def test_a_life_by_hand(context: Context, make: Callable[..., Bench]) -> None:
     assert node.trigger_shutdown() == done and state() == "finalized"
     gc.collect()
     assert models[1]() is None
+
+
+def test_a_configure_that_fails_half_way_frees_the_model(make: Callable[..., Bench]) -> None:
+    bench = make(autostart="false", cameras=["/camera/left", "/camera/right"])
+    models: list[Any] = []
+
+    def load(values: Any, announce: Callable[[str], None]) -> StandIn:
+        model = StandIn()
+        models.append(weakref.ref(model))
+        return model
+
+    bench.node._load = load
+    assert bench.node.trigger_configure() == TransitionCallbackReturn.FAILURE
+    assert "give the cameras names" in str(bench.node._failure)
+    gc.collect()
+    assert models[0]() is None
+
+
+def test_a_transition_that_is_not_allowed_is_refused(make: Callable[..., Bench], monkeypatch: Any) -> None:
+    """In every distribution: where rclpy lets it out of the service (humble, jazzy), it would end the process."""
+    bench = make(autostart="false")
+    service = bench.node._service_change_state
+    request = ChangeState.Request(transition=Transition(id=Transition.TRANSITION_ACTIVATE))
+    assert not service.callback(request, ChangeState.Response(success=True)).success
+
+    def raises(*_: Any) -> Any:
+        raise Refusal("Failed to trigger lifecycle state machine transition: Transition is not registered.")
+
+    monkeypatch.setattr(LifecycleNode, "_LifecycleNodeMixin__change_state", raises)
+    assert not service.callback(request, ChangeState.Response(success=True)).success
+    assert bench.node._state_machine.current_state[1] == "unconfigured"
 
 
 def test_diagnostics_tell_what_the_start_is_at(make: Callable[..., Bench]) -> None:
@@ -502,3 +641,20 @@ def test_a_gpus_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     free_memory()
     assert emptied == [1]
+
+
+def test_a_broken_gpu_keeps_the_node_from_no_transition(make: Callable[..., Bench], monkeypatch: Any) -> None:
+    """After an illegal access every CUDA call fails, giving back memory too."""
+    import torch
+
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", broken)
+    bench = make().start()
+    node = bench.node
+    assert node.trigger_deactivate() == node.trigger_cleanup() == TransitionCallbackReturn.SUCCESS
+    node._load = lambda values, announce: broken()
+    assert node.trigger_configure() == TransitionCallbackReturn.FAILURE
+    assert node._state_machine.current_state[1] == "unconfigured" and "illegal" in str(node._failure)

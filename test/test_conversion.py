@@ -178,12 +178,13 @@ def test_sixteen_bit_png_is_rounded():
     np.testing.assert_array_equal(to_rgb(compressed(data, "mono16; png compressed"))[0, :, 0], [0, 0, 1, 255])
 
 
-def test_compressed_bayer_is_demosaiced():
-    mosaic = np.empty((8, 8), np.uint8)
+@pytest.mark.parametrize(("bits", "dtype", "unit"), [(8, np.uint8, 1), (16, np.uint16, 257)])
+def test_compressed_bayer_is_demosaiced(bits, dtype, unit):
+    mosaic = np.empty((8, 8), dtype)
     mosaic[0::2, 0::2], mosaic[1::2, 1::2] = 200, 50
     mosaic[0::2, 1::2] = mosaic[1::2, 0::2] = 120
-    data = cv2.imencode(".png", mosaic)[1].tobytes()
-    result = to_rgb(compressed(data, "bayer_rggb8; png compressed "))
+    data = cv2.imencode(".png", mosaic * dtype(unit))[1].tobytes()
+    result = to_rgb(compressed(data, f"bayer_rggb{bits}; png compressed "))
     np.testing.assert_array_equal(result[2:-2, 2:-2].reshape(-1, 3), [[200, 120, 50]] * 16)
 
 

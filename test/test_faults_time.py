@@ -14,6 +14,7 @@ pytest.importorskip("rclpy")
 import test_cameras  # noqa: E402
 from test_cameras import Bench, StandIn, rows  # noqa: E402
 
+from sparserefine_ros.node import camera  # noqa: E402
 from sparserefine_ros.node.transport import Arrivals  # noqa: E402
 
 context, make = test_cameras.context, test_cameras.make
@@ -88,9 +89,9 @@ def test_a_clock_that_jumps_is_no_loss_of_images() -> None:
 def test_a_camera_falls_silent_and_comes_back(make: Callable[..., Bench]) -> None:
     """The diagnostics warn and name it while the other goes on; with its first frames they are ok again."""
     bench = make(cameras=["front", "left"]).start()
-    for camera in bench.node.cameras:
-        camera.publishers = lambda: 1
-        camera.arrivals._silence_s = 0.3
+    for its in bench.node.cameras:
+        its.publishers = lambda: 1
+        its.arrivals._silence_s = 0.3
     stamp_ms = 0
 
     def shoot(*names: str) -> None:
@@ -116,6 +117,28 @@ def test_a_camera_falls_silent_and_comes_back(make: Callable[..., Bench]) -> Non
     node, front, left = bench.diagnostics()
     assert (node.level, front.level, left.level) == (OK, OK, OK), front.message
     assert float(rows(front)["estimated_loss"]) < 0.05
+
+
+def test_a_model_that_hangs_is_told(make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames arrive and are replaced by newer ones: nothing fails, and yet nothing comes out."""
+    monkeypatch.setattr(camera, "PATIENCE_S", 0.2)
+    bench = make(cameras=["front", "left"]).start()
+    for its in bench.node.cameras:
+        its.publishers = lambda: 1
+    time.sleep(0.3)  # before the first frame nobody waits
+    bench.feed("left", 2)
+    bench.settled()
+    assert [s.level for s in bench.diagnostics()] == [OK, OK, OK]
+    bench.busy()
+    assert [s.level for s in bench.diagnostics()] == [OK, OK, OK]
+    time.sleep(0.3)
+    bench.feed("front", 3)
+    node, front, left = bench.diagnostics()
+    assert (node.level, front.level, left.level) == (WARN, WARN, OK)
+    assert node.message.startswith("front: no mask for 0 s although images arrive")
+    bench.segmenter.free.set()
+    bench.settled()
+    assert [s.level for s in bench.diagnostics()] == [OK, OK, OK]
 
 
 def stamp(ms: int) -> Any:

@@ -54,11 +54,15 @@ def test_nearest_by_index_arithmetic(size, scale):
 
 def test_a_result_at_a_scale() -> None:
     mask = np.arange(8 * 6, dtype=np.uint8).reshape(8, 6)
-    result = Segmentation(mask, 255 - mask, np.ones((4, 3), np.float32), 0.5, {"dense": 1.0}, 0.3)
+    entropy = np.arange(4 * 3, dtype=np.float32).reshape(4, 3)
+    result = Segmentation(mask, 255 - mask, entropy, 0.5, {"dense": 1.0}, 0.3)
     half = at_scale(result, 0.5)
     np.testing.assert_array_equal(half.mask, mask[1::2, 1::2])
     np.testing.assert_array_equal(half.confidence, 255 - mask[1::2, 1::2])
-    assert half.entropy.shape == (4, 3)
+    np.testing.assert_array_equal(half.entropy, entropy)
+    quarter = at_scale(result, 0.25)  # smaller than the dense segmenter's input
+    np.testing.assert_array_equal(quarter.mask, mask[2::4, [1, 4]])
+    np.testing.assert_array_equal(quarter.entropy, entropy[1::2, [0, 2]])
     assert (half.density, half.threshold, half.stage_ms) == (0.5, 0.3, {"dense": 1.0})
     assert at_scale(result, 1.0) is result
 

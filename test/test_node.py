@@ -14,6 +14,7 @@ import pytest
 rclpy = pytest.importorskip("rclpy")
 
 from rclpy.context import Context  # noqa: E402
+from rclpy.lifecycle import TransitionCallbackReturn  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 from rclpy.qos import DurabilityPolicy, QoSProfile  # noqa: E402
 from rclpy.serialization import serialize_message  # noqa: E402
@@ -26,6 +27,7 @@ from sparserefine_ros.errors import FrameError, ParameterError  # noqa: E402
 from sparserefine_ros.node import labels  # noqa: E402
 from sparserefine_ros.node.cdr import read_message  # noqa: E402
 from sparserefine_ros.node.outputs import Outputs  # noqa: E402
+from sparserefine_ros.node.parameters import BY_NAME  # noqa: E402
 from sparserefine_ros.node.process import free_domain_id  # noqa: E402
 from sparserefine_ros.node.qos import QosWatch  # noqa: E402
 from sparserefine_ros.node.segment_node import SegmentNode  # noqa: E402
@@ -227,6 +229,34 @@ def test_live_parameters_reach_the_segmenter(bench: Bench) -> None:
     assert not result.successful and "'much'" in result.reason and bench.segmenter.entropy_threshold == 0.5
     [result] = bench.node.set_parameters([Parameter("overlay_opacity", value=0)])
     assert result.successful and bench.node._worker.opacity == 0.0
+
+
+def test_parameters_set_together_take_effect_together_or_not_at_all(bench: Bench) -> None:
+    together = lambda **values: bench.node.set_parameters_atomically(  # noqa: E731
+        [Parameter(name, value=value) for name, value in values.items()]
+    )
+    assert together(latency_budget_ms=50.0, budget_threshold_min=0.1, budget_threshold_max=0.4).successful
+    budget = bench.node._worker.budget
+    assert (budget.budget_ms, budget.lowest, budget.highest) == (50.0, 0.1, 0.4)
+    result = together(budget_threshold_min=0.6, budget_threshold_max=0.9, entropy_threshold=0.7)
+    assert result.successful, result.reason
+    budget = bench.node._worker.budget
+    assert (budget.budget_ms, budget.lowest, budget.highest) == (50.0, 0.6, 0.9)
+    assert not together(entropy_threshold=0.2, overlay_opacity=0.1, qos_depth=7).successful, "one is read-only"
+    assert not together(entropy_threshold=0.2, overlay_opacity=0.1, budget_threshold_max=0.5).successful
+    assert bench.segmenter.entropy_threshold == 0.7 and bench.node._worker.opacity == 0.5
+    assert bench.node._worker.budget is budget
+
+
+def test_no_parameter_can_be_deleted(make: Callable[..., Bench]) -> None:
+    """`ros2 param delete /segment cameras` would leave a node that cannot be configured again."""
+    node = make().node
+    assert node.trigger_deactivate() == node.trigger_cleanup() == TransitionCallbackReturn.SUCCESS
+    for name in BY_NAME:
+        [result] = node.set_parameters([Parameter(name, Parameter.Type.NOT_SET)])
+        assert not result.successful, name
+    assert node.set_parameters([Parameter("cameras", value=[])])[0].successful
+    assert node.trigger_configure() == TransitionCallbackReturn.SUCCESS
 
 
 @pytest.mark.parametrize(

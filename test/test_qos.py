@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,10 +20,12 @@ from rclpy.node import Node  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy  # noqa: E402
 from rclpy.serialization import serialize_message  # noqa: E402
+from rclpy.subscription import Subscription  # noqa: E402
 from ros_client import isolated  # noqa: E402
 from sensor_msgs.msg import Image  # noqa: E402
 
 from sparserefine_ros.errors import ParameterError  # noqa: E402
+from sparserefine_ros.node import qos  # noqa: E402
 from sparserefine_ros.node.qos import QosWatch  # noqa: E402
 
 RELIABLE = QoSProfile(depth=5, reliability=ReliabilityPolicy.RELIABLE)
@@ -65,11 +69,17 @@ def wire(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wire]:
         made.close()
 
 
-def test_a_publisher_that_offers_too_little_is_named_until_it_goes(wire: Wire) -> None:
-    ours, theirs = wire.node("ours"), wire.node("camera")
+@pytest.mark.parametrize("distribution", ["kilted", "humble"])
+def test_a_publisher_that_offers_too_little_is_named_until_it_goes(
+    wire: Wire, distribution: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if distribution == "humble" and hasattr(Subscription, "get_publisher_count"):
+        monkeypatch.delattr(Subscription, "get_publisher_count")
+    ours, theirs = wire.node(f"ours_{distribution}"), wire.node(f"camera_{distribution}")
     watch, got = QosWatch(ours), []
     watch.subscription(Image, "/front/image", got.append, RELIABLE)
     assert watch.complaints() == []
+    theirs.create_publisher(Image, "/front/image", RELIABLE)  # this one is no trouble
     publisher = theirs.create_publisher(Image, "/front/image", BEST_EFFORT)
     wire.until(watch.complaints, "the mismatch")
     (text,) = watch.complaints()
@@ -78,6 +88,20 @@ def test_a_publisher_that_offers_too_little_is_named_until_it_goes(wire: Wire) -
     assert "to best_effort" in text
     theirs.destroy_publisher(publisher)
     wire.until(lambda: not watch.complaints(), "the mismatch to go with its publisher")
+
+
+def test_it_loads_where_rclpy_has_its_events_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in humble: rclpy.qos_event in place of rclpy.event_handler."""
+    import rclpy.event_handler as events
+
+    monkeypatch.setitem(sys.modules, "rclpy.qos_event", events)
+    monkeypatch.setitem(sys.modules, "rclpy.event_handler", None)
+    spec = importlib.util.spec_from_file_location("qos_of_humble", qos.__file__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "qos_of_humble", module)  # where its dataclass looks
+    spec.loader.exec_module(module)
+    assert module.PublisherEventCallbacks is events.PublisherEventCallbacks
 
 
 def test_a_subscriber_that_asks_too_much_is_named(wire: Wire) -> None:
@@ -123,6 +147,18 @@ def test_overrides_take_effect_for_one_topic_alone(wire: Wire) -> None:
     assert got[0] == serialize_message(Image(width=8))
     assert watch.complaints() == []
     assert other.get_subscription_count() == 0
+
+
+def test_a_topic_made_again_has_the_qos_asked_for_now(wire: Wire) -> None:
+    """As after cleanup, with another qos_reliability and qos_depth; what is overridden stays."""
+    ours = wire.node("again", **{"qos_overrides./again/image.subscription.depth": 3})
+    watch = QosWatch(ours)
+    for asked in (BEST_EFFORT, RELIABLE):
+        subscription = watch.subscription(Image, "/again/image", lambda data: None, asked)
+        (info,) = ours.get_subscriptions_info_by_topic("/again/image")
+        assert info.qos_profile.reliability == asked.reliability and subscription.qos_profile.depth == 3
+        watch.forget(subscription)
+        ours.destroy_subscription(subscription)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from collections import Counter, deque
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparserefine_ros.node.scheduler import Scheduler
+from sparserefine_ros.node.scheduler import Scheduler, choose
 
 SIZES = ((64, 96), (48, 48), (8, 8))
 
@@ -152,6 +152,17 @@ def test_a_batch_waits_no_longer_than_its_window() -> None:
     for camera in ("a", "b", "dead"):
         line.put(camera, b"")
     assert sorted(camera for camera, _ in line.take()) == ["a", "b", "dead"], "all are here: no waiting"
+
+
+def test_a_fairer_camera_that_comes_late_does_not_begin_the_window_anew() -> None:
+    clock = Clock()
+    line = filled(3, {"a": (2, 2), "b": (2, 2), "dead": (2, 2)}, window_s=0.5, clock=clock)
+    line._lines["a"].served = 1
+    line.put("a", b"first")
+    clock.now += 0.375
+    line.put("b", b"")
+    batch = choose(list(line._lines.values()), 3)
+    assert batch == [line._lines["b"], line._lines["a"]] and line._patience(batch) == 0.125
 
 
 def test_take_waits_for_the_others_and_wakes_when_they_come() -> None:

@@ -25,6 +25,9 @@ TRANSPORTS: dict[str, tuple[type, str, str]] = {
 """image_transport to message type, its name in the graph, and what is appended to the image topic."""
 
 
+PATIENCE_S = 5.0  # a mask that takes longer is worth a warning
+
+
 @dataclass(frozen=True)
 class CameraStatus:
     """A camera's line in the diagnostics."""
@@ -32,6 +35,7 @@ class CameraStatus:
     level: str
     message: str
     complaint: str  # about the frames' arrival; empty where all is well
+    counts: dict[str, int]
     values: dict[str, object]
 
 
@@ -52,11 +56,13 @@ class Camera:
         self._counted = self.counters.values()
         self._started = time.monotonic()
         self._newest_ns: int | None = None
+        self._unanswered: float | None = None  # when the first frame came after the last mask
         self._subscription: Any = None
 
     def subscribe(self, qos: QoSProfile, receive: Callable[[Camera, bytes], None]) -> None:
         """`receive` gets every image as it comes, serialized."""
         self._started = self.seen = time.monotonic()
+        self._unanswered = None
         self._subscription = self._qos.subscription(
             self.message_type, self._topic, lambda frame: receive(self, frame), qos
         )
@@ -73,11 +79,19 @@ class Camera:
         self.unsubscribe()
         self.outputs.destroy()
 
+    def arrived(self, stamp_ns: int | None) -> None:
+        """Notes a frame's arrival."""
+        now = time.monotonic()
+        self.arrivals.arrived(stamp_ns, now)
+        if self._unanswered is None:
+            self._unanswered = now
+
     def processed(self, stamp_ns: int, report: FrameReport, refined: bool) -> None:
         """Counts a published frame. One older than a frame published before is stale: published all the same, since
         a bag that starts again or a clock that is set back is no reason to fall silent."""
         stale = self._newest_ns is not None and stamp_ns < self._newest_ns
         self._newest_ns = stamp_ns
+        self._unanswered = None
         self.report = report
         self.counters.add(processed=1, stale=int(stale), unrefined=int(not refined))
 
@@ -94,15 +108,20 @@ class Camera:
         waiting: frames in its slot. remedy: what to do about lost frames, added to a complaint about them.
         """
         publishers = self.publishers()
-        complaint = self.arrivals.complaint(time.monotonic(), publishers, self._started)
+        now, unanswered, counts = time.monotonic(), self._unanswered, self.counters.values()
+        complaint = self.arrivals.complaint(now, publishers, self._started)
         if complaint and remedy:
             complaint += f"; {remedy}"
-        counts = self.counters.values()
-        level, message = judge(complaint, self._counted, counts, publishers)
+        trouble = complaint
+        if publishers and not trouble and unanswered is not None and now - unanswered > PATIENCE_S:
+            trouble = f"no mask for {now - unanswered:.0f} s although images arrive; the model hangs, or is too slow"
+        level, message = judge(trouble, self._counted, counts, publishers)
+        if self._subscription is None:
+            level, message, complaint = "warn", "not subscribed: the node is not active", ""
         self._counted = counts
         values: dict[str, object] = {"image_topic": self.image_topic, "publishers": publishers}
         values |= counts | {"waiting": waiting, "estimated_loss": f"{self.arrivals.loss():.2f}"}
         values["latency_counts_from"] = "stamp" if self.stamps_believed else f"receipt: {DISBELIEF}"
         if self.report is not None:
             values |= self.report.key_values()
-        return CameraStatus(level, message, complaint, values)
+        return CameraStatus(level, message, complaint, counts, values)

@@ -6,6 +6,8 @@ grey. So size and completeness are checked here, on the markers.
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from sparserefine_ros.errors import FrameError
@@ -35,8 +37,8 @@ def compressed_size(data: np.ndarray, format_text: str) -> tuple[int, int]:
 
 def bayer_of(format_text: str) -> str:
     """The pattern ("rggb") when `format` names a Bayer encoding as image_transport writes it, else ""."""
-    source = format_text.split(";")[0].strip()
-    return source[6:10] if source in {f"bayer_{p}8" for p in ("rggb", "bggr", "gbrg", "grbg")} else ""
+    found = re.match(r"\s*bayer_(rggb|bggr|gbrg|grbg)(8|16)\s*(;|$)", format_text)
+    return found[1] if found else ""
 
 
 def _png_size(content: bytes) -> tuple[int, int]:

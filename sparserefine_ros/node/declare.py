@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
 from rclpy.exceptions import ParameterException
 from rclpy.node import Node
+from rclpy.parameter import Parameter as RosParameter
 
 from sparserefine_ros.errors import ParameterError, SparseRefineError
 from sparserefine_ros.node.parameters import BY_NAME, PARAMETERS, Parameter, Value
@@ -40,7 +41,8 @@ def declare(node: Node) -> dict[str, Value]:
             node.declare_parameter(parameter.name, parameter.default, descriptor(parameter))
         except ParameterException as error:
             raise ParameterError(f"{error}; '{parameter.name}' must be: {parameter.values}") from error
-    unknown = sorted(set(_overrides(node)) - set(BY_NAME))
+    given = {name for name in overrides(node) if name != "use_sim_time" and "." not in name}  # dots: ROS's own
+    unknown = sorted(given - set(BY_NAME))
     if unknown:
         node.get_logger().warning(f"unknown parameters ignored: {', '.join(unknown)}; known: {', '.join(BY_NAME)}")
     return current(node)
@@ -51,20 +53,21 @@ def current(node: Node) -> dict[str, Value]:
     return {p.name: p.check(node.get_parameter(p.name).value) for p in PARAMETERS}
 
 
-def _overrides(node: Node) -> list[str]:
-    """Names given on the command line or in a parameter file that are not ROS's own."""
-    given: dict[str, Any] = getattr(node, "_parameter_overrides", {})  # no public way in any distribution
-    return [name for name in given if name != "use_sim_time" and "." not in name]
+def overrides(node: Node) -> Mapping[str, Any]:
+    """What the command line or a parameter file gives, by full name."""
+    given: Mapping[str, Any] = getattr(node, "_parameter_overrides", {})  # no public way in any distribution
+    return given
 
 
-def on_change(node: Node, apply: Callable[[str, Value], None]) -> None:
-    """Checks each live change and hands it to `apply`; what either refuses is refused with its reason."""
+def on_change(node: Node, apply: Callable[[Mapping[str, Value]], None]) -> None:
+    """Checks live changes and hands those made together to `apply`; what either refuses is refused with its reason."""
 
     def changed(parameters: Sequence[Any]) -> SetParametersResult:
         try:
-            checked = {p.name: BY_NAME[p.name].check(p.value) for p in parameters if p.name in BY_NAME}
-            for name, value in checked.items():
-                apply(name, value)
+            for p in parameters:
+                if p.name in BY_NAME and p.type_ == RosParameter.Type.NOT_SET:  # `[]`, too, has a type here
+                    raise ParameterError(f"parameter '{p.name}' cannot be deleted; set it to its default instead")
+            apply({p.name: BY_NAME[p.name].check(p.value) for p in parameters if p.name in BY_NAME})
         except SparseRefineError as error:
             return SetParametersResult(successful=False, reason=str(error))
         return SetParametersResult(successful=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def free_memory() -> None:
     gc.collect()  # a model's own cycles would keep it
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # after a CUDA error every call fails; the node must end all the same
+            torch.cuda.empty_cache()
 
 
 def _resident_bytes(status: Path) -> int | None:

@@ -6,7 +6,7 @@ Shape shorthand: H, W frame size; h, w output size.
 from __future__ import annotations
 
 import array
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -50,9 +50,23 @@ def shrink(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return image[rows].take(columns, axis=1)
 
 
+@dataclass(frozen=True)
+class Shrunk(Segmentation):
+    """A result whose mask and confidence are smaller than the frame."""
+
+    whole: Segmentation | None = None
+
+    @property
+    def entropy(self) -> np.ndarray:
+        """[h, w] float32, nats: of the very pixels that the mask shows."""
+        assert self.whole is not None
+        return shrink(self.whole.entropy, (self.mask.shape[0], self.mask.shape[1]))
+
+
 def at_scale(result: Segmentation, scale: float) -> Segmentation:
-    """``result`` with mask and confidence at ``scale``; its entropy follows the mask's size."""
+    """``result`` with mask, confidence and entropy at ``scale``."""
     if scale == 1:
         return result
     size = scaled_size(result.mask.shape, scale)
-    return replace(result, mask=shrink(result.mask, size), confidence=shrink(result.confidence, size))
+    mask, confidence = shrink(result.mask, size), shrink(result.confidence, size)
+    return Shrunk(mask, confidence, result.low_entropy, result.density, result.stage_ms, result.threshold, whole=result)

@@ -35,12 +35,19 @@ class Outputs:
     def __init__(self, qos: QosWatch, classes: ClassList, superpixels: bool, results: str = RESULTS) -> None:
         node = qos.node
         self._qos, self._classes, self._lut = qos, classes, classes.lut()
+        self.publishers: list[Any] = []
         images = ["mask", "confidence", "entropy", "color", "overlay", *(["superpixels"] if superpixels else [])]
-        self._images = {name: qos.publisher(Image, f"{results}/{name}", RELIABLE) for name in images}
-        self._png = qos.publisher(CompressedImage, f"{results}/mask/compressed", RELIABLE)
-        self._timing = qos.publisher(DiagnosticArray, f"{results}/timing", RELIABLE)
-        self._json = qos.publisher(String, f"{results}/label_info_json", LATCHED)
-        self._label_info: Any = None
+        try:
+            self._images = {name: self._made(Image, f"{results}/{name}", RELIABLE) for name in images}
+            self._png = self._made(CompressedImage, f"{results}/mask/compressed", RELIABLE)
+            self._timing = self._made(DiagnosticArray, f"{results}/timing", RELIABLE)
+            self._json = self._made(String, f"{results}/label_info_json", LATCHED)
+            self._label_info: Any = None
+            if labels.LabelInfo is not None:
+                self._label_info = self._made(labels.LabelInfo, f"{results}/label_info", LATCHED)
+        except Exception:
+            self.destroy()  # the topics that were made before
+            raise
         self._refused: list[str] = []  # topics that DDS refused messages of the present frame for
         if labels.LabelInfo is None:
             node.get_logger().info(
@@ -48,14 +55,10 @@ class Outputs:
                 f"(std_msgs/String, latched), not on {results}/label_info",
                 once=True,
             )
-        else:
-            self._label_info = qos.publisher(labels.LabelInfo, f"{results}/label_info", LATCHED)
 
-    @property
-    def publishers(self) -> list[Any]:
-        """All of them."""
-        info = [self._label_info] if self._label_info else []
-        return [*self._images.values(), self._png, self._timing, self._json, *info]
+    def _made(self, kind: type, topic: str, qos: QoSProfile) -> Any:
+        self.publishers.append(self._qos.publisher(kind, topic, qos))
+        return self.publishers[-1]
 
     def destroy(self) -> None:
         """Takes the topics away."""

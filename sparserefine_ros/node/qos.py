@@ -12,13 +12,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
 from rclpy.exceptions import ParameterException
 from rclpy.node import Node
-from rclpy.qos import QoSPolicyKind, QoSProfile, qos_policy_name_from_kind
+from rclpy.qos import (
+    QoSCompatibility,
+    QoSPolicyKind,
+    QoSProfile,
+    qos_check_compatible,
+    qos_policy_name_from_kind,
+)
 from rclpy.qos_overriding_options import InvalidQosOverridesError, QoSOverridingOptions
 
 from sparserefine_ros.errors import ParameterError
+from sparserefine_ros.node.declare import overrides
+
+try:
+    from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
+except ImportError:  # humble
+    from rclpy.qos_event import PublisherEventCallbacks, SubscriptionEventCallbacks
 
 POLICIES = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY, QoSPolicyKind.DURABILITY)
 WEAKER = {"reliability": "best_effort", "durability": "volatile"}
@@ -53,14 +64,15 @@ class QosWatch:
             )
 
         publisher = self._made(
-            lambda: self.node.create_publisher(
+            lambda options: self.node.create_publisher(
                 kind,
                 topic,
                 _copy(qos),
                 event_callbacks=PublisherEventCallbacks(incompatible_qos=incompatible),
-                qos_overriding_options=QoSOverridingOptions(POLICIES),
+                qos_overriding_options=options,
             ),
             topic,
+            "publisher",
         )
         return publisher
 
@@ -74,20 +86,21 @@ class QosWatch:
                 f"incompatible QoS on {subscription.topic_name}: a publisher offers less {policy} than is asked for, "
                 "and none of its messages arrives; "
                 f"{_override(subscription.topic_name, 'subscription', policy, WEAKER, 'the publisher')}",
-                lambda: self.node.count_publishers(subscription.topic_name) > subscription.get_publisher_count(),
+                lambda: self.node.count_publishers(subscription.topic_name) > _connected(self.node, subscription),
             )
 
         subscription = self._made(
-            lambda: self.node.create_subscription(
+            lambda options: self.node.create_subscription(
                 kind,
                 topic,
                 callback,
                 _copy(qos),
                 event_callbacks=SubscriptionEventCallbacks(incompatible_qos=incompatible),
-                qos_overriding_options=QoSOverridingOptions(POLICIES),
+                qos_overriding_options=options,
                 raw=True,
             ),
             topic,
+            "subscription",
         )
         return subscription
 
@@ -103,12 +116,14 @@ class QosWatch:
         self._mismatches[endpoint] = Mismatch(text, unconnected)
         self.node.get_logger().warning(text)
 
-    def _made(self, make: Callable[[], Any], topic: str) -> Any:
+    def _made(self, make: Callable[[QoSOverridingOptions], Any], topic: str, role: str) -> Any:
+        name = f"qos_overrides.{self.node.resolve_topic_name(topic)}.{role}."
+        # rclpy declares a parameter for each policy it is told of, for good: those that nobody has set would bring the
+        # first subscription's QoS back into one made with another qos_depth.
+        given = [policy for policy in POLICIES if name + policy.name.lower() in overrides(self.node)]
         try:
-            return make()
+            return make(QoSOverridingOptions(given))
         except (ParameterException, InvalidQosOverridesError, RuntimeError, TypeError, ValueError) as error:
-            name = f"qos_overrides.{self.node.resolve_topic_name(topic)}."
-            given = self.node.get_parameters_by_prefix(name.rstrip("."))
             if not given:
                 raise
             raise ParameterError(
@@ -120,6 +135,15 @@ class QosWatch:
 def _copy(qos: QoSProfile) -> QoSProfile:
     """rclpy writes overrides into the profile that it is given."""
     return QoSProfile(history=qos.history, depth=qos.depth, reliability=qos.reliability, durability=qos.durability)
+
+
+def _connected(node: Node, subscription: Any) -> int:
+    """Publishers that the subscription gets messages of."""
+    if hasattr(subscription, "get_publisher_count"):  # not in humble
+        return int(subscription.get_publisher_count())
+    offered = [info.qos_profile for info in node.get_publishers_info_by_topic(subscription.topic_name)]
+    asked = subscription.qos_profile
+    return sum(qos_check_compatible(qos, asked)[0] != QoSCompatibility.ERROR for qos in offered)
 
 
 def _policy(event: Any) -> str:

@@ -33,16 +33,16 @@ class Reporter:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._publisher = node.create_publisher(DiagnosticArray, "/diagnostics", 10)
-        self._processed: deque[int] = deque([0], maxlen=RATE_OVER + 1)
+        self._processed: Mapping[Camera, int] = {}
+        self._new: deque[int] = deque(maxlen=RATE_OVER)  # masks since the report before
 
     def publish(self, own: NodeState, cameras: Mapping[Camera, CameraStatus]) -> None:
         """One report."""
-        counts = dict.fromkeys(Counters().values(), 0)
-        for camera in cameras:
-            for name, count in camera.counters.values().items():
-                counts[name] += count
-        self._processed.append(counts["processed"])
-        rate = max(0, self._processed[-1] - self._processed[0]) / (len(self._processed) - 1)
+        counts = {name: sum(its.counts[name] for its in cameras.values()) for name in Counters().values()}
+        processed = {camera: its.counts["processed"] for camera, its in cameras.items()}
+        self._new.append(sum(count - self._processed.get(camera, 0) for camera, count in processed.items()))
+        self._processed = processed
+        rate = sum(self._new) / len(self._new)
         degraded = list(own.degraded)
         if counts["unrefined"]:
             degraded.append(f"out of memory: {counts['unrefined']} frames without refinement")

@@ -86,25 +86,44 @@ class Rig:
             return
         _, kind, suffix = TRANSPORTS[self._transport]
         ours = {publisher.topic_name for camera in self.cameras for publisher in camera.outputs.publishers}
+        graph = self._node.get_topic_names_and_types()
+        self._refused &= {topic for topic, _ in graph}  # topics that come and go must not fill the memory either
         known = {camera.image_topic for camera in self.cameras} | self._refused | ours
-        for source in self._search.sources(self._node.get_topic_names_and_types(), kind):
+        for source in self._search.sources(graph, kind):
             topic = source.image + suffix
-            if topic in known or not self._node.count_publishers(topic):
+            if topic in known:
                 continue
             try:
-                if len(self.cameras) >= MAX_CAMERAS:
-                    raise ParameterError(f"{topic} matches, but there are {MAX_CAMERAS} cameras already; name fewer")
-                self._subscribe(self._add(source))
-                self._node.get_logger().info(f"camera {source.name}: images from {topic}")
-            except ParameterError as error:
+                if self._node.count_publishers(topic):
+                    self._take(source, topic)
+            except Exception as error:  # DDS lets topics have names that ROS does not: they must not end the process
                 self._refused.add(topic)
-                self._node.get_logger().warning(str(error))
+                known_error = isinstance(error, ParameterError)
+                text = str(error) if known_error else f"{topic} cannot be a camera: {type(error).__name__}: {error}"
+                self._node.get_logger().warning(text)
         for camera in self.cameras[self._fixed :]:
             if not camera.publishers() and time.monotonic() - camera.seen > FORGET_S:
                 self._node.get_logger().info(f"camera {camera.name}: {camera.image_topic} is gone")
-                self.cameras.remove(camera)
-                self._scheduler.remove(camera)
-                camera.destroy()
+                self._forget(camera)
+                self._refused.clear()  # there may be room now for one that was refused for its sake
+
+    def _take(self, source: Source, topic: str) -> None:
+        """Makes a found topic a camera, or leaves nothing behind."""
+        if len(self.cameras) >= MAX_CAMERAS:
+            raise ParameterError(f"{topic} matches, but there are {MAX_CAMERAS} cameras already; name fewer")
+        camera = self._add(source)
+        try:
+            self._subscribe(camera)
+        except Exception:
+            self._forget(camera)
+            raise
+        self._node.get_logger().info(f"camera {source.name}: images from {topic}")
+
+    def _forget(self, camera: Camera) -> None:
+        assert self._scheduler is not None
+        self.cameras.remove(camera)
+        self._scheduler.remove(camera)
+        camera.destroy()
 
     def _add(self, source: Source) -> Camera:
         mask = self._node.resolve_topic_name(f"{source.results}/mask")

@@ -118,7 +118,7 @@ class Scheduler(Generic[Camera]):
             return 0.0
         if not any(line.size in (None, batch[0].size) and not len(line.queue) for line in self._lines.values()):
             return 0.0  # whoever could join is here
-        return batch[0].since + self._window_s - self._clock()
+        return min(line.since for line in batch) + self._window_s - self._clock()
 
     def _served(self, batch: Sequence[Line]) -> list[tuple[Camera, Receipt]]:
         names = {id(line): camera for camera, line in self._lines.items()}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ from sparserefine_ros.node.model import LOADING, Announce, number_or_none, start
 from sparserefine_ros.node.parameters import BY_NAME, Value
 from sparserefine_ros.node.qos import QosWatch
 from sparserefine_ros.node.receipt import received
+from sparserefine_ros.node.refusal import Refusal
 from sparserefine_ros.node.reports import NodeState, Reporter
 from sparserefine_ros.node.rig import Rig
 from sparserefine_ros.node.scheduler import Scheduler
@@ -79,6 +81,8 @@ class SegmentNode(LifecycleNode):
         self._ticks = 0
         # A steady clock: with use_sim_time the node must be able to say that no /clock and no image comes.
         self._timer = self.create_timer(1.0, self._tick, clock=Clock(clock_type=ClockType.STEADY_TIME))
+        self._change_state = self._service_change_state.callback
+        self._service_change_state.callback = self._on_change_state
         self._enable = self.create_service(SetBool, "~/enable", self._on_enable)
 
     # Transitions -----------------------------------------------------------------------------------------------------
@@ -95,6 +99,16 @@ class SegmentNode(LifecycleNode):
                     raise self._failure or RuntimeError(f"the transition {trigger.__name__} failed")
         finally:
             self._spin = None
+
+    def _on_change_state(self, request: Any, response: Any) -> Any:
+        """Service ~/change_state, lifecycle_msgs/ChangeState. The rclpy of humble and jazzy raises for a transition
+        that the state does not allow, which would end the process."""
+        try:
+            return self._change_state(request, response)
+        except Refusal as error:
+            self.get_logger().error(f"transition {request.transition.label or request.transition.id} refused: {error}")
+            response.success = False
+            return response
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Parameters, model, topics. A failure is logged and leaves the node unconfigured."""
@@ -127,6 +141,7 @@ class SegmentNode(LifecycleNode):
             raise SystemExit(0) from None
         except Exception as error:  # rclpy would swallow it
             self._failure = error
+            traceback.clear_frames(error.__traceback__)  # they hold the model that is to go
             undo()
             if self.context.ok():
                 what = str(error) if isinstance(error, SparseRefineError) else f"{type(error).__name__}: {error}"
@@ -138,7 +153,7 @@ class SegmentNode(LifecycleNode):
         self._values = values = current(self)
         self._state = LOADING
         self._segmenter = segmenter = self._loaded(values)
-        self._change("entropy_threshold", self.get_parameter("entropy_threshold").value)  # changed meanwhile
+        self._change({"entropy_threshold": self.get_parameter("entropy_threshold").value})  # changed meanwhile
         self._rig = Rig(self._qos, values, segmenter.classes, segmenter.has_superpixels)
         self._state = "inactive"
         self.get_logger().info(
@@ -225,27 +240,28 @@ class SegmentNode(LifecycleNode):
         what = f"model {s.bundle.name} ({decoder}, {len(s.classes)} classes)"
         return f"{what} on {s.device}, {s.precision}, runtime {s.runtime}{engine}"
 
-    def _change(self, name: str, value: Value) -> None:
-        """A parameter change while running; raises ParameterError to refuse it."""
-        if self._values is not None and not BY_NAME[name].live:
-            raise ParameterError(
-                f"'{name}' is read-only while the node is configured; first deactivate it and clean it up "
-                "(ros2 lifecycle set)"
-            )
-        if name == "entropy_threshold" and self._segmenter is not None:
-            number, before = number_or_none(value), self._segmenter.entropy_threshold
-            self._segmenter.entropy_threshold = self._segmenter.bundle.entropy_threshold if number is None else number
+    def _change(self, values: Mapping[str, Value]) -> None:
+        """Parameters change while running, all of them or none; raises ParameterError to refuse them."""
+        for name in values:
+            if self._values is not None and not BY_NAME[name].live:
+                raise ParameterError(
+                    f"'{name}' is read-only while the node is configured; first deactivate it and clean it up "
+                    "(ros2 lifecycle set)"
+                )
+        if self._segmenter is not None and not values.keys().isdisjoint(("entropy_threshold", *BUDGET_PARAMETERS)):
+            before = self._segmenter.entropy_threshold
+            if "entropy_threshold" in values:
+                number = number_or_none(values["entropy_threshold"])
+                auto = self._segmenter.bundle.entropy_threshold
+                self._segmenter.entropy_threshold = auto if number is None else number
             try:
-                self._set_budget()
+                self._set_budget(**{name: value for name, value in values.items() if name in BUDGET_PARAMETERS})
             except ParameterError:
                 self._segmenter.entropy_threshold = before
                 raise
-        elif name in BUDGET_PARAMETERS:
-            self._set_budget(**{name: value})
-        elif name == "overlay_opacity" and self._worker is not None:
-            self._worker.opacity = float(value)
-        elif name == "output_scale" and self._worker is not None:
-            self._worker.scale = float(value)
+        if self._worker is not None:
+            self._worker.opacity = float(values.get("overlay_opacity", self._worker.opacity))
+            self._worker.scale = float(values.get("output_scale", self._worker.scale))
 
     def _set_budget(self, **changed: Value) -> None:
         if self._worker is not None and self._segmenter is not None:
@@ -259,7 +275,7 @@ class SegmentNode(LifecycleNode):
 
     def _receive(self, camera: Camera, frame: bytes) -> None:
         stamp = stamp_of(frame)
-        camera.arrivals.arrived(stamp, time.monotonic())
+        camera.arrived(stamp)
         receipt = received(frame, stamp, self.get_clock().now().nanoseconds, time.perf_counter())
         camera.stamps_believed = receipt.believed
         worker = self._worker

@@ -78,6 +78,7 @@ class Worker:
         self.unaffordable = ""  # why the last frame was left dense by the budget, if it was
         self.stages = StageWindow()
         self._logger, self._ok = logger, ok
+        self._open: set[Camera] = set()  # whose frame of the batch in work is not counted yet
         self._thread = threading.Thread(target=self._work, name="segment")
         self._thread.start()
 
@@ -89,11 +90,12 @@ class Worker:
 
     def _work(self) -> None:
         while batch := self.scheduler.take():
+            self._open = {camera for camera, _ in batch}
             try:
                 if not self._work_on(batch):
                     return
             except Exception as error:  # memory may end anywhere; without this thread the node would fall silent
-                for camera, _ in batch:
+                for camera in tuple(self._open):
                     self._failed(camera, f"the worker stumbled: {type(error).__name__}: {error}")
 
     def _work_on(self, batch: list[tuple[Camera, Receipt]]) -> bool:
@@ -113,6 +115,7 @@ class Worker:
             if is_out_of_memory(error):  # not the sender's fault
                 self._failed(camera, f"decoding it ran out of memory: {error}")
                 return None
+            self._open.discard(camera)
             camera.counters.add(malformed=1)
             self._logger.warning(
                 f"malformed frame on {camera.image_topic} skipped: {error}", throttle_duration_sec=QUIET_S
@@ -145,7 +148,9 @@ class Worker:
         return True
 
     def _failed(self, camera: Camera, why: str) -> None:
-        camera.counters.add(failed=1)
+        if camera in self._open:  # else its mask is out
+            self._open.remove(camera)
+            camera.counters.add(failed=1)
         self._logger.error(f"frame of {camera.image_topic} skipped, {why}", throttle_duration_sec=QUIET_S)
 
     def _choose(self, budget: LatencyBudget, frames: list[Frame], entropy: np.ndarray, pixels: int) -> float | None:
@@ -216,6 +221,7 @@ class Worker:
             "latency": frame.receipt.latency_ms(published),  # from stamp to publish
         }
         report = FrameReport(result.density, threshold, stages)
+        self._open.discard(camera)
         camera.processed(header.stamp.sec * 10**9 + header.stamp.nanosec, report, done.refined)
         self.stages.add(stages)
         outputs.publish_timing(header, report, self.segmenter.bundle.name)
