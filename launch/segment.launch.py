@@ -93,7 +93,8 @@ def generate_launch_description() -> LaunchDescription:
             name="segment",
             namespace=namespace,
             parameters=[*([ParameterFile(file)] if file else []), *([chosen] if chosen else [])],
-            remappings=[("image", image), ("image/compressed", f"{image}/compressed"), *pairs],
+            # the first that matches counts
+            remappings=[*pairs, ("image", image), ("image/compressed", f"{image}/compressed")],
             ros_arguments=["--log-level", LaunchConfiguration("log_level")],
             output="screen",
             respawn=False,

@@ -147,3 +147,8 @@ def test_silence_is_told_only_while_somebody_publishes():
     never = Arrivals()
     assert never.complaint(4.0, 1, 2.0) == ""
     assert "no image for 6 s" in never.complaint(8.0, 1, 2.0)
+
+
+def test_advice_does_not_need_the_file_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "share_folders", list)
+    assert "=config/fastdds.xml of this package's source for every process" in transport.remedy()

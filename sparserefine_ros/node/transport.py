@@ -53,8 +53,12 @@ def profile_env(environment: Mapping[str, str] | None = None) -> dict[str, str]:
 
 def remedy() -> str:
     """What to do about lost images."""
+    try:
+        file = str(config_file("fastdds.xml"))
+    except FileNotFoundError:  # an incomplete installation; the node only gives advice here
+        file = "config/fastdds.xml of this package's source"
     return (
-        f"set {profile_variable()}={config_file('fastdds.xml')} for every process that handles images "
+        f"set {profile_variable()}={file} for every process that handles images "
         "(segment.launch.py sets it for the node)"
     )
 
