@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launch_program import LAUNCH
 
 from sparserefine_ros.node.parameters import PARAMETERS
 
@@ -50,21 +51,6 @@ def test_arguments_are_those_of_the_table() -> None:
         assert tuple(argument.choices or ()) == p.choices
     for name in OWN:
         assert len(arguments[name].description) > 20
-
-
-LAUNCH = """
-import sys
-from launch import LaunchDescription, LaunchService
-from launch.actions import IncludeLaunchDescription
-from launch.launch_description_sources import PythonLaunchDescriptionSource
-service = LaunchService(noninteractive=True)
-arguments = [tuple(a.split(":=", 1)) for a in sys.argv[2:]]
-source = PythonLaunchDescriptionSource(sys.argv[1])
-service.include_launch_description(
-    LaunchDescription([IncludeLaunchDescription(source, launch_arguments=arguments)])
-)
-sys.exit(service.run())
-"""
 
 
 def launch(log: Path, domain: int, *arguments: str) -> subprocess.Popen[bytes]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from launch_program import LAUNCH
 
 from sparserefine_ros.commands.evaluate import SEGMENTER_PARAMETERS
 from sparserefine_ros.datasets.classes import CAMVID
@@ -21,19 +22,6 @@ from sparserefine_ros.node.parameters import BY_NAME, PARAMETERS
 
 FILE = Path(__file__).resolve().parents[1] / "launch" / "evaluate.launch.py"
 OWN = ["bag", "report", "json", "output", "rate", "image_topic", "label_topic", "domain_id"]
-LAUNCH = """
-import sys
-from launch import LaunchDescription, LaunchService
-from launch.actions import IncludeLaunchDescription
-from launch.launch_description_sources import PythonLaunchDescriptionSource
-service = LaunchService(noninteractive=True)
-arguments = [tuple(a.split(":=", 1)) for a in sys.argv[2:]]
-source = PythonLaunchDescriptionSource(sys.argv[1])
-service.include_launch_description(
-    LaunchDescription([IncludeLaunchDescription(source, launch_arguments=arguments)])
-)
-sys.exit(service.run())
-"""
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -68,11 +68,8 @@ def test_what_is_refused_costs_no_other_topic(refusing: str) -> None:
         assert str(caught.value).count(f"/segmentation/{refusing}") == 1
     for topic in TOPICS:
         assert len(made[f"segmentation/{topic}"].taken) == (0 if topic == refusing else 2), topic
-    assert set(
-        bytes(
-            read_message(made["segmentation/confidence"].taken[0], Image).data if refusing != "confidence" else b"\xc8"
-        )
-    ) == {200}
+    if refusing != "confidence":
+        assert set(bytes(read_message(made["segmentation/confidence"].taken[0], Image).data)) == {200}
 
 
 @pytest.mark.parametrize("refusing", ["label_info_json", "timing"])

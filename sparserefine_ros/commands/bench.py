@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from sparserefine_ros.commands.arguments import add_size
 
@@ -161,7 +162,6 @@ def run_peers(args: argparse.Namespace) -> int:
     from sparserefine_ros.benchmarks.peers import markdown, measure
     from sparserefine_ros.datasets.splits import load_split
     from sparserefine_ros.errors import ParameterError
-    from sparserefine_ros.evaluation.compare import save_json
     from sparserefine_ros.segmenter.bundle import Bundle
 
     bundle = Bundle.load(args.model)
@@ -174,16 +174,12 @@ def run_peers(args: argparse.Namespace) -> int:
         )  # fmt: skip
     except ValueError as error:  # patches that cannot be
         raise ParameterError(str(error)) from error
-    print(markdown(table))
-    if args.json:
-        save_json(table, args.json)
-    return 0
+    return _finish(table, markdown(table), args)
 
 
 def run_pruning(args: argparse.Namespace) -> int:
     from sparserefine_ros.benchmarks.pruning import markdown, measure
     from sparserefine_ros.errors import ParameterError
-    from sparserefine_ros.evaluation.compare import save_json
     from sparserefine_ros.segmenter.segmenter import pick_device
 
     if args.repeats < 1:
@@ -193,10 +189,7 @@ def run_pruning(args: argparse.Namespace) -> int:
         result = measure(args.model, keeps, args.size, pick_device(args.device), args.repeats)
     except ValueError as error:  # a network without its package, shares out of range
         raise ParameterError(str(error)) from error
-    print(markdown(result))
-    if args.json:
-        save_json(result, args.json)
-    return 0
+    return _finish(result, markdown(result), args)
 
 
 def run_sparse(args: argparse.Namespace) -> int:
@@ -237,7 +230,6 @@ def run_sparse(args: argparse.Namespace) -> int:
 def run_decoders(args: argparse.Namespace) -> int:
     from sparserefine_ros.benchmarks.decoders import NETWORKS, markdown, measure
     from sparserefine_ros.errors import ParameterError
-    from sparserefine_ros.evaluation.compare import save_json
     from sparserefine_ros.segmenter.segmenter import pick_device
 
     names = args.networks or [name for name, (_, network) in NETWORKS.items() if "backbone" not in network]
@@ -250,10 +242,7 @@ def run_decoders(args: argparse.Namespace) -> int:
         result = measure(names, args.size, pick_device(args.device), args.repeats)
     except (ImportError, ValueError) as error:  # a network without its package
         raise ParameterError(str(error)) from error
-    print(markdown(result))
-    if args.json:
-        save_json(result, args.json)
-    return 0
+    return _finish(result, markdown(result), args)
 
 
 def run_pipeline(args: argparse.Namespace) -> int:
@@ -292,16 +281,12 @@ def run_pipeline(args: argparse.Namespace) -> int:
     pick_backend(args.sparse_backend, device)
     setting = Setting(args.size, device, warmup, repeats, args.stride, args.sparse_backend, args.graph)
     result = measure(names, setting, args.precisions or ["fp16" if cuda else "fp32"], batches)
-    print(markdown(result))
-    if args.json:
-        save_json(result, args.json)
-    return 0
+    return _finish(result, markdown(result), args)
 
 
 def run_runtimes(args: argparse.Namespace) -> int:
     from sparserefine_ros.benchmarks.runtimes import markdown, measure
     from sparserefine_ros.errors import ParameterError
-    from sparserefine_ros.evaluation.compare import save_json
     from sparserefine_ros.segmenter.bundle import Bundle
     from sparserefine_ros.segmenter.dense import RUNTIMES
 
@@ -312,26 +297,19 @@ def run_runtimes(args: argparse.Namespace) -> int:
         if name not in RUNTIMES:
             raise ParameterError(f"--runtimes has {name!r}; choose from {', '.join(RUNTIMES)}")
     result = measure(Bundle.load(args.model), names, args.device, args.precision, args.repeats)
-    print(markdown(result))
-    if args.json:
-        save_json(result, args.json)
-    return 0
+    return _finish(result, markdown(result), args)
 
 
 def run_node(args: argparse.Namespace) -> int:
     from sparserefine_ros.benchmarks.node_overhead import markdown, measure
     from sparserefine_ros.errors import ParameterError
-    from sparserefine_ros.evaluation.compare import save_json
 
     if not (args.rate > 0 and args.duration > 0):
         raise ParameterError(f"--rate {args.rate:g} --duration {args.duration:g}: give numbers above 0")
     if args.cameras < 1:
         raise ParameterError(f"--cameras {args.cameras}: give 1 or more")
     result = measure(args.size, args.rate, args.duration, args.cameras)
-    print(markdown(result))
-    if args.json:
-        save_json(result, args.json)
-    return 0
+    return _finish(result, markdown(result), args)
 
 
 def run_budget(args: argparse.Namespace) -> int:
@@ -349,6 +327,16 @@ def run_budget(args: argparse.Namespace) -> int:
         print(budget_live.markdown(result))
         if args.plot:
             budget_live.draw(result, args.plot)
+    if args.json:
+        save_json(result, args.json)
+    return 0
+
+
+def _finish(result: dict[str, Any], table: str, args: argparse.Namespace) -> int:
+    """Prints the table, saves the result where asked to, and gives the command's status."""
+    from sparserefine_ros.evaluation.compare import save_json
+
+    print(table)
     if args.json:
         save_json(result, args.json)
     return 0

@@ -5,6 +5,7 @@ Shape shorthand: B images of one size, K classes, C feature channels, H, W nativ
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ class Refined(NamedTuple):
     density: list[float] | None = None  # share of each image that was worked on, where that is not the selection
 
 
-class Refining:
+class Refining(ABC):
     """A refiner at work. ``network`` is one of networks.registry.REFINERS.
 
     native: the dense segmenter for native resolution: normalised images [n, 3, s, t] to logits [n, K, s, t].
@@ -53,9 +54,9 @@ class Refining:
     def __init__(self, network: Any, backend: Backend, dtype: torch.dtype, native: nn.Module | None) -> None:
         self.network, self.native = network, native
 
+    @abstractmethod
     def __call__(self, seen: Seen) -> Refined | None:
         """None where there is nothing to do."""
-        raise NotImplementedError
 
 
 class Sparse(Refining):
