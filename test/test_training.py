@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sparserefine_ros.cli import main
 from sparserefine_ros.datasets.base import UNLABELLED, Sample
 from sparserefine_ros.datasets.camvid import CamVid
 from sparserefine_ros.datasets.classes import CAMVID
@@ -104,6 +105,47 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     fewer.samples = 7
     with pytest.raises(TrainingError, match="with frames 8 where it is 7 here"):
         train(fewer, once, tmp_path, "dense", 0, CPU, origin)
+
+
+def test_ctrl_c_says_where_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted, calls = task(TINY), []
+    monkeypatch.setattr("sparserefine_ros.training.loop.SAVE_EVERY", 0.0)
+    original = interrupted.loss
+
+    def loss(module: torch.nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(module, batch)
+
+    monkeypatch.setattr(interrupted, "loss", loss)
+    with pytest.raises(KeyboardInterrupt, match="^dense goes on from step 3 when the command is given again$"):
+        train(interrupted, TINY, tmp_path, "dense", 0, CPU)
+
+
+def test_the_command_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(RECIPES[0])
+    for error, status, line in (
+        (KeyboardInterrupt("dense goes on from step 3"), 130, "interrupted: dense goes on from step 3"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left on device", "dense.safetensors"), 2, "error: [Errno 28] No space left on device"),
+    ):
+
+        def fail(*_: object, error: BaseException = error) -> None:
+            raise error
+
+        monkeypatch.setattr(bundle_module, "train_bundle", fail)
+        assert main(["train", recipe, "--device", "cpu"]) == status
+        [printed] = capsys.readouterr().err.splitlines()
+        assert printed.startswith(line)
+    for words, message in (
+        (["--threads", "0"], "--threads is 0; give 1"),
+        (["--seed", "-1"], "seed -1 is out of range"),
+    ):
+        assert main(["train", recipe, "--device", "cpu", *words]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_disk_that_is_full_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

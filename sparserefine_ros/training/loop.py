@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -78,7 +78,7 @@ def train(
         TextColumn(f"[bold]{name}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with bar, ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    with bar, _resumable(name, state), ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         row = bar.add_task(name, total=total, completed=step, note="")
         ahead = [pool.submit(draw, at) for at in range(step, min(step + 8, total))]
         saved = time.monotonic()
@@ -118,6 +118,15 @@ def train(
     (folder / f"{name}.jsonl").write_text(log)
     result: nn.Module = average.module.eval()
     return result
+
+
+@contextlib.contextmanager
+def _resumable(name: str, state: _State) -> Iterator[None]:
+    """Ctrl-C says from where the run goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"{name} goes on from step {state.step} when the command is given again") from error
 
 
 def cosine(step: int, total: int, warmup: float) -> float:
@@ -182,6 +191,7 @@ class _State:
         self.recipe = repr({f.name: v for f in fields(recipe) if (v := getattr(recipe, f.name)) != f.default})
         self.history: list[dict[str, Any]] = []
         self.running: float | None = None  # the smoothed loss
+        self.step = 0  # of the checkpoint
 
     def save(self, step: int) -> None:
         data = {
@@ -196,6 +206,7 @@ class _State:
                 file.flush()
                 os.fsync(file.fileno())  # on the disk before it has its name
             partial.replace(self.path)  # a cut while writing leaves the previous checkpoint
+            self.step = step
         except (OSError, RuntimeError) as error:  # the latter is what torch makes of a full disk
             partial.unlink(missing_ok=True)
             raise TrainingError(
@@ -227,4 +238,5 @@ class _State:
         self.optimizer.load_state_dict(data["optimizer"])
         self.history = data["history"]
         self.running = data.get("running", self.history[-1]["loss"] if self.history else None)
-        return int(data["step"])
+        self.step = int(data["step"])
+        return self.step
