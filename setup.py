@@ -61,6 +61,12 @@ setup(
         f"{NAME}.evaluation": ["templates/*"],
         **{f"{NAME}.{room}": ["*.c"] for room in ("native", "segmenter", "sparse.backends")},
     },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+        "Operating System :: POSIX :: Linux",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
     python_requires=">=3.10",
     install_requires=[
         "setuptools",

@@ -11,4 +11,4 @@ trap 'rm -f "$list"' EXIT
 .venv/bin/python -m pip freeze --exclude-editable | sed -E 's/\+[a-z0-9.]+$//' >"$list"
 .venv/bin/python -m venv .venv/audit
 .venv/audit/bin/python -m pip install --quiet pip-audit
-exec .venv/audit/bin/pip-audit --strict --no-deps --disable-pip --vulnerability-service "${1:-pypi}" --requirement "$list"
+.venv/audit/bin/pip-audit --strict --no-deps --disable-pip --vulnerability-service "${1:-pypi}" --requirement "$list"

@@ -25,7 +25,8 @@ else
     has torch && options+=(--system-site-packages)
 fi
 
-[ -x .venv/bin/python ] || "$python" -m venv "${options[@]}" .venv
+# Asked for pip: without Debian's python3-venv there is a .venv after the first try, but none that works.
+.venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv "${options[@]}" .venv
 pip=(.venv/bin/python -m pip --disable-pip-version-check)
 if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
     "${pip[@]}" install "${TORCH:-torch==2.13.0}"

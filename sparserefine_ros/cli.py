@@ -30,7 +30,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one sub-command; a SparseRefineError becomes one line on standard error and exit status 2."""
+    """Runs one sub-command; what ends it before its time becomes one line on standard error.
+
+    Exit status 2 for a SparseRefineError or what the system says of a file, 130 for Ctrl-C.
+    """
     parser = argparse.ArgumentParser(
         prog="sparserefine", description="Full-resolution semantic masks, sparsely refined."
     )
@@ -47,11 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SparseRefineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        print(f"interrupted{f': {error}' if error.args else ''}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: `sparserefine ... | head`
         return 0
+    except OSError as error:  # a folder that cannot be written, a disk that is full
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

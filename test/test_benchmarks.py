@@ -12,10 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparserefine_ros import cli
 from sparserefine_ros.benchmarks import decoders, sparse, spconv_peer
 from sparserefine_ros.benchmarks.masks import edge_mask
 from sparserefine_ros.benchmarks.sparse import Case, measure
 from sparserefine_ros.benchmarks.sparse_report import markdown
+from sparserefine_ros.commands.bench import CARD_MARK, write_card
+from sparserefine_ros.errors import ParameterError
 from sparserefine_ros.networks.fused_unet import FusedUNet
 from sparserefine_ros.networks.graphed_unet import GraphedUNet
 from sparserefine_ros.networks.unet import SparseUNet
@@ -111,8 +114,6 @@ def test_spconv_gives_what_ours_gives(tmp_path: Path) -> None:
 
 
 def test_command_prints_saves_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    from sparserefine_ros import cli
-
     monkeypatch.setattr(sparse, "DENSITIES", (0.1, 0.2))
     monkeypatch.setattr(sparse, "MEGAPIXELS", {0.002: (32, 64), 0.008: (64, 128)})
     arguments = ["bench", "sparse", "--size", "32x64", "--channels", "4,6", "--repeats", "1", "--no-peers"]
@@ -125,9 +126,91 @@ def test_command_prints_saves_and_draws(tmp_path: Path, capsys: pytest.CaptureFi
     for bad, message in (
         (["--size", "33x64"], "even"),
         (["--repeats", "0"], "1 or more"),
+        (["--channels", "4,0"], "--channels 4,0: give C,C,... of 1 or more each"),
+        (["--json", str(tmp_path / "b.json" / "c.json")], "give a file in a folder that can be made"),
+        (["--json", str(tmp_path)], "is a folder; give a file"),
+        (["--plot", str(tmp_path / "b.txt")], "b.txt is no picture; give a name that ends in"),
     ):
         assert cli.main([*arguments, *bad]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_sizes_that_do_not_halve_evenly_are_measured_without_the_dense_peer() -> None:
+    """Whose levels would not meet again: 34, 17, 9 rows and back."""
+    result = measure(Case((34, 64), 0.2, (4, 6, 8), blocks=1), ["torch"], 1)
+    assert result["ratios"]["dense"] is None and "dense" not in result["totals"]
+    assert "halves 64x34 to whole pixels only where 4 divides both" in markdown(result)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError("Unable to allocate 3.00 GiB"), "memory ran out (Unable to allocate 3.00 GiB); give smaller"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), "memory ran out ([enforce"),
+    ],
+)
+def test_memory_that_runs_out_is_said_in_one_line(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(sparse, "measure", fail)
+    assert cli.main(["bench", "sparse", "--size", "32x64", "--backends", "torch"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and message in lines[0]
+
+
+def test_other_failures_of_a_measurement_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("sizes do not match")
+
+    monkeypatch.setattr(sparse, "measure", fail)
+    with pytest.raises(RuntimeError, match="sizes do not match"):
+        cli.main(["bench", "sparse", "--size", "32x64", "--backends", "torch"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["node", "--rate", "inf"], "--rate inf --duration 20: give numbers above 0"),
+        (["node", "--duration", "nan"], "--rate 30 --duration nan: give"),
+        (["budget", "--rate", "inf"], "--rate inf --budget None: give numbers above 0"),
+        (["budget", "--simulate", "--plot", "b.png"], "leave it or --simulate out"),
+        (["bundle", "street", "--frames", "0"], "--frames is 0; give 1 or more"),
+        (["peers", "street", "--frames", "-1"], "--frames is -1; give 1 or more"),
+        (["runtimes", "street", "--device", "cpu", "--runtimes", "torch_graph"], "torch_graph"),
+    ],
+)
+def test_measurements_that_cannot_be_are_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_table_of_a_card_is_replaced_or_added(tmp_path: Path) -> None:
+    card = tmp_path / "mine" / "README.md"
+    card.parent.mkdir()
+    start, end = (CARD_MARK.format(word) for word in ("start", "end"))
+    write_card(card, "one")
+    assert card.read_text() == f"# mine\n\n{start}\none\n{end}\n"
+    write_card(card, "two")
+    assert card.read_text() == f"# mine\n\n{start}\ntwo\n{end}\n"
+    card.write_text("# Imported\n")  # as `sparserefine import` writes them
+    write_card(card, "three")
+    assert card.read_text() == f"# Imported\n\n{start}\nthree\n{end}\n"
+    card.write_text(f"{end}\n{start}\n")
+    with pytest.raises(ParameterError, match="README.md lacks one of"):
+        write_card(card, "four")
+
+
+def test_decoders_whose_package_is_missing_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    result = decoders.measure(["superpixel ResNet-50", "per-pixel"], (32, 64), torch.device("cpu"), 1)
+    assert list(result["rows"]) == ["per-pixel"]
+    assert "needs the package transformers" in result["missing"]["superpixel ResNet-50"]
+    assert "Not measured: superpixel ResNet-50 (" in decoders.markdown(result)
 
 
 def test_decoder_stages_add_up_and_count_by_hand() -> None:

@@ -58,6 +58,19 @@ def test_found_by_name_and_by_path(copy: Path, monkeypatch: pytest.MonkeyPatch) 
         find_bundle("~nobody-of-this-name/camvid")
 
 
+@pytest.mark.parametrize("packages", ["lib/python3.12/site-packages", "local/lib/python3.10/dist-packages", ""])
+def test_bundles_are_found_wherever_pip_put_the_package(
+    packages: str, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`pip install --user`, --prefix and --target: the share folder lies above the package, not where Python says."""
+    root = tmp_path / "root"
+    there = root / ("local" if packages.startswith("local") else "") / "share" / "sparserefine_ros" / "models" / "mine"
+    shutil.copytree(tiny_bundle, there)
+    module = root / packages / "sparserefine_ros" / "segmenter" / "bundle.py"
+    monkeypatch.setattr("sparserefine_ros.segmenter.bundle.__file__", str(module))
+    assert find_bundle("mine") == there
+
+
 def test_every_decoder_has_a_default_that_ships() -> None:
     for decoder in DECODERS:
         assert Bundle.load(default_bundle(decoder)).path.is_dir()

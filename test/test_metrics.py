@@ -184,6 +184,13 @@ def test_comparison_scores_all_three_in_one_run(tiny_bundle: Path, samples: list
     assert json.loads((tmp_path / "table.json").read_text())["rows"][LR]["miou"] == table["rows"][LR]["miou"]
 
 
+def test_saved_figures_are_valid_json_whatever_they_hold(tmp_path: Path) -> None:
+    """JSON knows neither NaN nor infinity, wherever they stand."""
+    save_json({"a": [1.0, float("nan"), {"b": (float("inf"), np.float64("nan"))}], "c": None}, tmp_path / "x.json")
+    assert "NaN" not in (tmp_path / "x.json").read_text() and "Infinity" not in (tmp_path / "x.json").read_text()
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1.0, None, {"b": [None, None]}], "c": None}
+
+
 def test_comparison_without_a_refiner_has_two_rows(tiny_bundle: Path, samples: list[Sample]) -> None:
     bundle = Bundle.load(tiny_bundle)
     both, whole = compare(replace(bundle, refiner=None), samples, "cpu"), compare(bundle, samples, "cpu")

@@ -152,7 +152,35 @@ def test_wheel_offers_both_executables(wheel: zipfile.ZipFile) -> None:
     assert f"segment = {NAME}.node.main:main" in lines
     assert f"sparserefine = {NAME}.cli:main" in lines
     [metadata] = [name for name in wheel.namelist() if name.endswith("METADATA")]
-    assert "Provides-Extra: ros" in wheel.read(metadata).decode()
+    text = wheel.read(metadata).decode()
+    assert "Provides-Extra: ros" in text
+    assert [int(minor) for minor in re.findall(r"^Classifier: .* Python :: 3\.(\d+)$", text, re.M)] == [10, 11, 12, 13]
+
+
+def test_a_half_made_environment_is_made_again(tmp_path: Path) -> None:
+    """As `python3 -m venv` leaves it where Debian's python3-venv is missing: a python, but no pip."""
+    for folder in ("scripts", ".venv/bin", "bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(ROOT / "scripts" / "setup.sh", tmp_path / "scripts")
+    python = """#!/bin/sh
+    echo "$0 $*" >>"$LOG"
+    case "$*" in
+        *find_spec*) exit 1 ;;
+        "-m venv "*) cp "$0" .venv/bin/python ;;
+    esac
+    """
+    (tmp_path / "bin" / "python3").write_text(python)
+    (tmp_path / ".venv" / "bin" / "python").write_text("#!/bin/sh\nexit 1\n")
+    for file in (tmp_path / "bin" / "python3", tmp_path / ".venv" / "bin" / "python"):
+        file.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "LOG": str(tmp_path / "log")}
+    done = subprocess.run(
+        ["bash", str(tmp_path / "scripts" / "setup.sh")], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "log").read_text()
+    assert f"{tmp_path}/bin/python3 -m venv .venv" in log
+    assert "install --quiet --editable .[ros]" in log.splitlines()[-1]
 
 
 def test_no_module_is_skipped_while_it_is_collected() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,8 +85,20 @@ def test_each_way_runs_as_often_as_said_and_in_turn(monkeypatch: pytest.MonkeyPa
     assert calls == [*pipeline.WAYS * 5, "refined"]  # one warms up, four are timed; stages by themselves
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("not enough memory: you tried ...")])
-def test_memory_that_runs_out_is_a_result(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA"),
+        RuntimeError("not enough memory: you tried ..."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError("Unable to allocate 3.00 GiB"),
+    ],
+)
+@pytest.mark.parametrize("torch_2_4", [False, True])
+def test_memory_that_runs_out_is_a_result(error: Exception, torch_2_4: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch_2_4:
+        monkeypatch.delattr(torch, "OutOfMemoryError")
+
     def fail(self: Pipeline) -> Tensor:
         raise error
 
@@ -110,6 +123,24 @@ def test_a_missing_package_leaves_its_models_out(monkeypatch: pytest.MonkeyPatch
     result = measure(["odd", "tiny"], SETTING, ["fp32"], [1])
     assert set(result["models"]) == {"tiny"} and "unknown SegNeXt size" in result["missing"]["odd"]
     assert "Not measured: odd (" in markdown(result)
+
+
+def test_parameters_are_counted_where_a_package_is_missing_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    file = tmp_path / "p.json"
+    assert main(["bench", "pipeline", "--params-only", "--json", str(file)]) == 0
+    saved = json.loads(file.read_text())
+    assert {"hrnet-w48", "segnext-l"} <= set(saved["params_m"]) and saved["params_m"]["hrnet-w48"] == 65.858659
+    assert set(saved["params_m"]) | set(saved["missing"]) == set(MODELS)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(MODELS)
+    [line] = [line for line in lines if line.startswith("mask2former-l ")]
+    assert "not counted: " in line and "needs the package transformers" in line
+    for words in (["--params-only"], ["--device", "cpu"]):
+        assert main(["bench", "pipeline", "--models", "mask2former-t", *words]) == 2
+        assert "needs the package transformers" in capsys.readouterr().err
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

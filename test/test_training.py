@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sparserefine_ros.cli import main
 from sparserefine_ros.datasets.base import UNLABELLED, Sample
 from sparserefine_ros.datasets.camvid import CamVid
 from sparserefine_ros.datasets.classes import CAMVID
@@ -24,7 +26,7 @@ from sparserefine_ros.segmenter.bundle import Bundle, find_bundle
 from sparserefine_ros.training import bundle as bundle_module
 from sparserefine_ros.training.augment import jitter, random_view
 from sparserefine_ros.training.dense import DenseTask, class_weights, hardest_cross_entropy
-from sparserefine_ros.training.loop import _groups, cosine, poly, train
+from sparserefine_ros.training.loop import _groups, cosine, mixed_precision, poly, train
 from sparserefine_ros.training.pretrained import start_encoder
 from sparserefine_ros.training.recipe import Recipe, StageRecipe
 
@@ -50,18 +52,22 @@ def scene(seed: int) -> Sample:
 SCENES = [scene(i) for i in range(8)]
 
 
-def task(recipe: StageRecipe) -> DenseTask:
+def task(recipe: StageRecipe, dropout: float = 0.0) -> DenseTask:
     torch.manual_seed(0)
-    return DenseTask(CompactSegmenter(11, **recipe.args), CAMVID, SCENES, SCENES[:2], recipe, 0.5, CPU)
+    module = torch.nn.Sequential(CompactSegmenter(11, **recipe.args), torch.nn.Dropout(dropout))
+    return DenseTask(module, CAMVID, SCENES, SCENES[:2], recipe, 0.5, CPU)
 
 
-def test_resumed_training_equals_uninterrupted_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = train(task(TINY), TINY, tmp_path / "whole", "dense", 0, CPU)
+@pytest.mark.parametrize("dropout", [0.0, 0.5], ids=["plain", "random numbers in the network"])
+def test_resumed_training_equals_uninterrupted_training(
+    dropout: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(task(TINY, dropout), TINY, tmp_path / "whole", "dense", 0, CPU)
 
     class CutError(Exception):
         pass
 
-    interrupted = task(TINY)
+    interrupted = task(TINY, dropout)
     monkeypatch.setattr("sparserefine_ros.training.loop.SAVE_EVERY", 0.0)
     original, calls = interrupted.loss, []
 
@@ -74,22 +80,128 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path: Path, monkeypa
     monkeypatch.setattr(interrupted, "loss", loss)
     with pytest.raises(CutError):
         train(interrupted, TINY, tmp_path / "cut", "dense", 0, CPU)
-    resumed_task = task(TINY)
+    resumed_task = task(TINY, dropout)
     resumed = train(resumed_task, TINY, tmp_path / "cut", "dense", 0, CPU)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     logs = [
         [json.loads(line) for line in (tmp_path / d / "dense.jsonl").read_text().splitlines()] for d in ("whole", "cut")
     ]
-    assert [e["step"] for e in logs[0]] == [e["step"] for e in logs[1]] == [4, 8]
+    assert [e["step"] for e in logs[0]] == [4, 8]
+    assert logs[0] == logs[1], "the smoothed loss goes on too"
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+    once, origin = replace(TINY, epochs=1), {"dataset": {"kind": "camvid"}}
+    train(task(once), once, tmp_path, "dense", 0, CPU, origin)
+    train(task(once), once, tmp_path, "dense", 0, CPU, origin)
     with pytest.raises(TrainingError, match="another recipe.*remove it"):
-        train(task(TINY), replace(TINY, lr=0.5), tmp_path / "cut", "dense", 0, CPU)
+        train(task(once), replace(once, lr=0.5), tmp_path, "dense", 0, CPU, origin)
+    with pytest.raises(TrainingError, match="another run, with seed 0 where it is 1 here; remove it"):
+        train(task(once), once, tmp_path, "dense", 1, CPU, origin)
+    with pytest.raises(TrainingError, match="with dataset {'kind': 'camvid'} where it is {'kind': 'street'} here"):
+        train(task(once), once, tmp_path, "dense", 0, CPU, {"dataset": {"kind": "street"}})
+    fewer = task(once)
+    fewer.samples = 7
+    with pytest.raises(TrainingError, match="with frames 8 where it is 7 here"):
+        train(fewer, once, tmp_path, "dense", 0, CPU, origin)
+
+
+def test_ctrl_c_says_where_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted, calls = task(TINY), []
+    monkeypatch.setattr("sparserefine_ros.training.loop.SAVE_EVERY", 0.0)
+    original = interrupted.loss
+
+    def loss(module: torch.nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(module, batch)
+
+    monkeypatch.setattr(interrupted, "loss", loss)
+    with pytest.raises(KeyboardInterrupt, match="^dense goes on from step 3 when the command is given again$"):
+        train(interrupted, TINY, tmp_path, "dense", 0, CPU)
+
+
+def test_the_command_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(RECIPES[0])
+    for error, status, line in (
+        (KeyboardInterrupt("dense goes on from step 3"), 130, "interrupted: dense goes on from step 3"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left on device", "dense.safetensors"), 2, "error: [Errno 28] No space left on device"),
+    ):
+
+        def fail(*_: object, error: BaseException = error) -> None:
+            raise error
+
+        monkeypatch.setattr(bundle_module, "train_bundle", fail)
+        assert main(["train", recipe, "--device", "cpu"]) == status
+        [printed] = capsys.readouterr().err.splitlines()
+        assert printed.startswith(line)
+    for words, message in (
+        (["--threads", "0"], "--threads is 0; give 1"),
+        (["--seed", "-1"], "seed -1 is out of range"),
+    ):
+        assert main(["train", recipe, "--device", "cpu", *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit on the size of files stands for the disk: writing beyond it fails."""
+    once = replace(TINY, epochs=1)
+    train(task(once), once, tmp_path, "dense", 0, CPU)
+    before = (tmp_path / "dense.ckpt").read_bytes()
+    state = torch.load(tmp_path / "dense.ckpt", weights_only=True)
+    torch.save({**state, "step": 0}, tmp_path / "dense.ckpt")
+    unfinished = (tmp_path / "dense.ckpt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(TrainingError, match=r"cannot write the checkpoint .*dense.ckpt: .*; make room"):
+            train(task(once), once, tmp_path, "dense", 0, CPU)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "dense.ckpt").read_bytes() == unfinished
+    assert not (tmp_path / "dense.partial").exists()
+    (tmp_path / "dense.ckpt").write_bytes(before[: len(before) // 2])
+    with pytest.raises(TrainingError, match=r"cannot read the checkpoint .*dense.ckpt: .*; remove it to start anew"):
+        train(task(once), once, tmp_path, "dense", 0, CPU)
+
+
+def test_a_log_entry_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where nothing is a terminal the line is not broken at 80 characters."""
+    once = task(one := replace(TINY, epochs=1))
+    monkeypatch.setattr(once, "validate", lambda module: {f"figure_{i}": 0.25 for i in range(12)})
+    train(once, one, tmp_path, "dense", 0, CPU)
+    [line] = (tmp_path / "dense.jsonl").read_text().splitlines()
+    assert len(line) > 160 and line in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("hardest", [1.0, 0.25])
+def test_a_batch_without_labels_changes_nothing(hardest: float) -> None:
+    one = task(replace(TINY, hardest=hardest))
+    images = torch.zeros(2, 32, 48, 3, dtype=torch.uint8)
+    loss = one.loss(one.module, (images, torch.full((2, 32, 48), UNLABELLED, dtype=torch.uint8)))
+    loss.backward()
+    assert loss.item() == 0
+    assert all((p.grad == 0).all() for p in one.module.parameters() if p.grad is not None)
+
+
+def test_a_torch_that_cannot_tell_about_bfloat16_trains_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.4 and 2.5 do not have the question."""
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    with mixed_precision(CPU):
+        assert not torch.is_autocast_enabled("cpu")
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_remedy(tmp_path: Path) -> None:
     broken = task(TINY)
     with torch.no_grad():
-        broken.module.classifier.weight.fill_(float("nan"))
+        broken.module[0].classifier.weight.fill_(float("nan"))
     with pytest.raises(TrainingError, match="the loss is nan at step 0; lower lr"):
         train(broken, TINY, tmp_path, "dense", 0, CPU)
 
@@ -173,6 +285,29 @@ def test_views_keep_image_and_label_together() -> None:
     assert (padded == UNLABELLED).mean() > 0.7
 
 
+def test_views_move_image_and_label_by_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A box has its centre at the same place in both, however cut, scaled and mirrored."""
+    monkeypatch.setattr("sparserefine_ros.training.augment.jitter", lambda image, rng: image)
+    label = np.zeros((120, 160), np.uint8)
+    label[44:77, 61:104] = 1
+    image = np.repeat(200 * label[..., None], 3, 2)
+    image[..., 1] = np.arange(160)
+    mirrored, shifts = [], []
+    for seed in range(60):
+        view, seen = random_view(image, label, (90, 130), (0.4, 2.0), np.random.default_rng(seed))
+        inside = seen == 1
+        if not inside.any() or inside[[0, -1]].any() or inside[:, [0, -1]].any():
+            continue  # cut off
+        weight = view[..., 0] * cv2.dilate(inside.astype(np.uint8), np.ones((7, 7))).astype(float)  # without padding
+        rows, columns = np.mgrid[: view.shape[0], : view.shape[1]]
+        mirrored.append(bool(np.polyfit(columns[inside], view[..., 1][inside], 1)[0] < 0))
+        shift = [(where * weight).sum() / weight.sum() - where[inside].mean() for where in (rows, columns)]
+        shifts.append((shift[0], -shift[1] if mirrored[-1] else shift[1]))
+    assert len(shifts) > 30 and 0.2 < np.mean(mirrored) < 0.8
+    assert np.abs(shifts).max() < 0.51  # a label is rounded to pixels
+    assert np.abs(np.mean(shifts, 0)).max() < 0.08
+
+
 def test_jitter_is_monotone_and_seeded() -> None:
     ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, 2)
     out = jitter(ramp, np.random.default_rng(1))
@@ -198,6 +333,23 @@ def test_shipped_recipes_load(path: Path) -> None:
         ("dense: {network: a}", "missing"),
         ("dense: {network: a, schedule: step}\nrefiner: {network: b}", "schedule 'step' is unknown; choose cosine"),
         ("dense: {network: a, hardest: 0}\nrefiner: {network: b}", "hardest 0 is out of range; give a share"),
+        ("dense: {network: a, lr: 1e-3}", "lr '1e-3' is out of range; give a number above 0, as in 0.001"),
+        ("dense: {network: a, epochs: 0}", "epochs 0 is out of range; give a whole number from 1 on"),
+        ("dense: {network: a, batch: 0}", "batch 0 is"),
+        ("dense: {network: a, validate_every: 0}", "validate_every 0 is"),
+        ("dense: {network: a, crop: 32}", r"crop 32 is out of range; give \[height, width\]"),
+        ("dense: {network: a, crop: [0, 4]}", r"crop \(0, 4\) is"),
+        ("dense: {network: a, scale: [2, 1]}", r"scale \(2, 1\) is out of range; give \[smallest, largest\]"),
+        ("dense: {network: a, scale: [1.0]}", r"scale \(1.0,\) is"),
+        ("dense: {network: a, ema: 1}", "ema 1 is"),
+        ("dense: {network: a, warmup: 2}", "warmup 2 is"),
+        ("dense: {network: a, args: []}", r"args \[\] is out of range; give a mapping"),
+        ("{name: x, dataset: {}, scale: 2, dense: {network: a}}", "scale 2 is out of range; give a number above 0"),
+        ("{name: x, dataset: {}, scale: half, dense: {network: a}}", "scale 'half' is"),
+        ("{name: x, dataset: {}, scale: 1, recall: 2, dense: {network: a}}", "recall 2 is"),
+        ("{name: x, dataset: {}, scale: 1, seed: -1, dense: {network: a}}", "seed -1 is out of range; give a whole"),
+        ("{name: 5, dataset: {}, scale: 1, dense: {network: a}}", "name 5 is"),
+        ("{name: x, dataset: {}, scale: 1, dense: {network: a}, native: {network: b}}", "section 'native' has other"),
     ],
 )
 def test_broken_recipes(tmp_path: Path, text: str, message: str) -> None:
@@ -242,6 +394,35 @@ def test_camvid_reader_says_what_is_wrong(camvid: Path) -> None:
         load_split({"kind": "ade"}, "train", None)
     with pytest.raises(DatasetError, match="--data"):
         load_split({"kind": "camvid"}, "train", None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"val_drives": 0}, "val_drives 0; give a whole number from 1 on"),  # was those of train
+        ({"train_drives": 0}, "train_drives 0; give"),
+        ({"frames": None}, "frames None; give"),
+        ({"refiner_drives": -1}, "refiner_drives -1; give a whole number from 0 on"),
+        ({"size": 64}, r"size 64; give \[height, width\]"),
+    ],
+)
+def test_a_street_without_frames_is_refused(changes: dict[str, object], message: str) -> None:
+    street = {"kind": "street", "train_drives": 1, "val_drives": 1, "frames": 1, "size": [32, 64], **changes}
+    with pytest.raises(DatasetError, match=message):
+        load_split(street, "val", None)
+
+
+def test_a_network_that_cannot_be_built_is_named_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle_module, "load_split", lambda *_: (CAMVID, SCENES))
+    recipe = Recipe("scene", {"kind": "camvid"}, 0.25, replace(TINY, network="nope"))
+    with pytest.raises(TrainingError, match="recipe 'scene': unknown network 'nope'; known are compact"):
+        bundle_module.train_bundle(recipe, None, tmp_path / "runs", tmp_path / "model", CPU)
+    recipe = replace(recipe, dense=TINY, refiner=replace(TINY, network="sparserefine", args={"width": 3}))
+    with pytest.raises(TrainingError, match="recipe 'scene': network 'sparserefine' does not take these arguments"):
+        bundle_module.train_bundle(recipe, None, tmp_path / "runs", tmp_path / "model", CPU)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -47,13 +47,17 @@ STAGES: dict[str, dict[str, str]] = {
 def measure(names: Sequence[str], size: tuple[int, int], device: torch.device, repeats: int) -> dict[str, Any]:
     """The table as plain data.
 
-    Keys: the setting, and ``rows`` {name: {params_m, macs_g, ms, decoder_macs_g, decoder_ms, ratio (decoder time over
-    the per-pixel decoder's, where that was measured), stages {stage: {macs_g, ms}}}}.
+    Keys: the setting, ``missing`` {name: why}, and ``rows`` {name: {params_m, macs_g, ms, decoder_macs_g, decoder_ms,
+    ratio (decoder time over the per-pixel decoder's, where that was measured), stages {stage: {macs_g, ms}}}}.
     """
     networks: dict[str, tuple[nn.Module, Mapping[str, str]]] = {}
+    missing: dict[str, str] = {}
     for name in names:
         kind, args = NETWORKS[name]
-        networks[name] = build(DENSE, kind, CLASSES, args).eval().to(device), STAGES[kind]
+        try:
+            networks[name] = build(DENSE, kind, CLASSES, args).eval().to(device), STAGES[kind]
+        except ValueError as error:  # a package is missing
+            missing[name] = str(error)
     image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
     macs = {name: stage_macs(network, stages, image) for name, (network, stages) in networks.items()}
     times: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in networks}
@@ -81,6 +85,7 @@ def measure(names: Sequence[str], size: tuple[int, int], device: torch.device, r
     return {
         "size": list(size), "classes": CLASSES, "device": device_name(device), "threads": torch.get_num_threads(),
         "torch": str(torch.__version__), "repeats": repeats, "rows": rows,
+        "missing": missing,
     }  # fmt: skip
 
 
@@ -151,9 +156,11 @@ def markdown(result: dict[str, Any]) -> str:
             f"| {row['decoder_ms']:.1f} | {ratio} | {stages} |"
         )
     height, width = result["size"]
+    missing = "".join(f" Not measured: {name} ({why})." for name, why in result["missing"].items())
     lines += [
         "",
         f"Images of {width}x{height}, {result['classes']} classes, float32, random weights; {result['device']}, "
-        f"{result['threads']} threads, torch {result['torch']}. Medians of {result['repeats']} rounds in turn.",
+        f"{result['threads']} threads, torch {result['torch']}. Medians of {result['repeats']} rounds in turn "
+        f"after one.{missing}",
     ]
     return "\n".join(lines)

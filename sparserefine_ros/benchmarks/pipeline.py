@@ -26,6 +26,7 @@ from sparserefine_ros.benchmarks.sparse import device_name, now
 from sparserefine_ros.networks.graphed import Graphed
 from sparserefine_ros.networks.graphed_unet import GraphedUNet
 from sparserefine_ros.networks.selectors import upsample_nearest
+from sparserefine_ros.node.model import is_out_of_memory
 from sparserefine_ros.segmenter.dense import PRECISIONS, fold_batch_norm, ready
 from sparserefine_ros.segmenter.head import build_head
 from sparserefine_ros.segmenter.refining import refiner_input
@@ -149,7 +150,7 @@ def measure_row(name: str, setting: Setting, precision: str, batch: int) -> dict
     with _memory_freed():
         try:
             pipeline = Pipeline(name, setting, precision, batch)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             _only_memory(error)
             return {**row, **dict.fromkeys(WAYS, OUT_OF_MEMORY)}
         row["backend"] = pipeline.backend
@@ -161,7 +162,7 @@ def measure_row(name: str, setting: Setting, precision: str, batch: int) -> dict
                     start = now(setting.device)
                     getattr(pipeline, way)()
                     spent = now(setting.device) - start
-                except RuntimeError as error:
+                except (RuntimeError, MemoryError) as error:
                     _only_memory(error)
                     del times[way]
                     continue
@@ -191,10 +192,9 @@ def _summary(times: Sequence[float]) -> dict[str, float]:
     return {"ms": median, "p10": p10, "p90": p90, "mean_ms": statistics.fmean(times)}
 
 
-def _only_memory(error: RuntimeError) -> None:
+def _only_memory(error: RuntimeError | MemoryError) -> None:
     """Raises ``error`` again unless it says that memory ran out; then gives back what can be."""
-    known = ("out of memory", "not enough memory", "can't allocate memory")
-    if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error).lower() for words in known):
+    if not is_out_of_memory(error):
         raise error
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -65,6 +65,6 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Mask2Former-{result['model'].upper()} on {width}x{height}, random weights; median of {result['repeats']} "
-        f"rounds in turn; {result['device']}, {result['threads']} threads, fp32, torch {result['torch']}.",
+        f"rounds in turn after one; {result['device']}, {result['threads']} threads, fp32, torch {result['torch']}.",
     ]
     return "\n".join(lines)

@@ -84,6 +84,6 @@ def markdown(table: dict[str, Any]) -> str:
         "",
         f"Dense segmenter of {table['bundle']} at {width}x{height}, {table['precision']}, {table['device']}, "
         f"{table['threads']} threads, torch {table['torch']}. Medians (10th to 90th percentile) of {table['repeats']} "
-        f"rounds in turn.{missing}",
+        f"rounds in turn after {WARM_UP}.{missing}",
     ]
     return "\n".join(lines)

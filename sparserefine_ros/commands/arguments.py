@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+from sparserefine_ros.errors import ParameterError
 
 
 def add_size(parser: argparse.ArgumentParser, default: str, what: str) -> None:
     """``--size HxW``, read as (height, width)."""
     parser.add_argument("--size", type=parse_size, default=default, metavar="HxW", help=f"{what} (default: {default})")
+
+
+def check_threads(threads: int | None) -> None:
+    """ParameterError unless ``threads`` is None, for all cores, or a number that torch takes."""
+    if threads is not None and threads < 1:
+        raise ParameterError(f"--threads is {threads}; give 1 or more, or leave it out for all cores")
+
+
+def check_output(option: str, file: Path | None) -> None:
+    """Makes the folder of ``file``; ParameterError where nothing could be saved there, before minutes are spent."""
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ParameterError(f"{option} {file}: {error}; give a file in a folder that can be made") from error
+    if file.is_dir():
+        raise ParameterError(f"{option} {file} is a folder; give a file")
+    if option == "--plot":
+        from matplotlib.figure import Figure  # imported late: slow
+
+        known = Figure().canvas.get_supported_filetypes()
+        if file.suffix[1:].lower() not in known:
+            raise ParameterError(f"{option} {file} is no picture; give a name that ends in {', '.join(sorted(known))}")
 
 
 def parse_size(text: str) -> tuple[int, int]:

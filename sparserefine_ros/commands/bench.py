@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
-from sparserefine_ros.commands.arguments import add_size
+from sparserefine_ros.commands.arguments import add_size, check_output
 
 HELP = (
     "measure: `bench bundle` HR dense, LR dense and LR + its refiner, `bench peers` other refiners beside it, "
@@ -137,7 +138,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    result: int = args.measure(args)
+    from sparserefine_ros.errors import ParameterError
+    from sparserefine_ros.node.model import is_out_of_memory
+
+    for option in ("json", "plot"):
+        check_output(f"--{option}", getattr(args, option, None))
+    for option in ("frames", "repeats"):
+        if (count := getattr(args, option, None)) is not None and count < 1:
+            raise ParameterError(f"--{option} is {count}; give 1 or more")
+    try:
+        result: int = args.measure(args)
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            what = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ParameterError(f"memory ran out ({what}); give smaller images, or another device") from error
+        raise
     return result
 
 
@@ -147,6 +162,8 @@ def run_bundle(args: argparse.Namespace) -> int:
     from sparserefine_ros.segmenter.bundle import Bundle
 
     bundle = Bundle.load(args.model)
+    if args.card:
+        _card_parts(bundle.path / "README.md")
     _, samples = load_split(bundle.provenance.get("dataset", {}), "val", args.data)
     table = compare(bundle, samples[: args.frames], args.device, args.precision, args.entropy_threshold)
     text = markdown(table)
@@ -182,8 +199,6 @@ def run_pruning(args: argparse.Namespace) -> int:
     from sparserefine_ros.errors import ParameterError
     from sparserefine_ros.segmenter.segmenter import pick_device
 
-    if args.repeats < 1:
-        raise ParameterError(f"--repeats is {args.repeats}; give 1 or more")
     keeps = args.keep or [[share] * 4 for share in (0.8, 0.6, 0.4)]
     try:
         result = measure(args.model, keeps, args.size, pick_device(args.device), args.repeats)
@@ -202,15 +217,15 @@ def run_sparse(args: argparse.Namespace) -> int:
 
     try:
         channels = tuple(map(int, args.channels.split(",")))
+        if min(channels) < 1:
+            raise ValueError
     except ValueError as error:
-        raise ParameterError(f"--channels {args.channels}: give C,C,...") from error
+        raise ParameterError(f"--channels {args.channels}: give C,C,... of 1 or more each") from error
     device, dtype = pick_device(args.device), PRECISIONS[args.precision]
     case = Case(args.size, args.density, channels, stride=args.stride, device=device, dtype=dtype)
     no_triton = backend_class("triton").missing(device) if device.type == "cuda" else "it is for CUDA"
     default = [*([] if no_triton else ["triton"]), pick_backend("auto", device, dtype).name, "torch"]
     backends = args.backends or list(dict.fromkeys(default))
-    if args.repeats < 1:
-        raise ParameterError(f"--repeats is {args.repeats}; give 1 or more")
     try:
         case.mask()
     except ValueError as error:
@@ -221,9 +236,10 @@ def run_sparse(args: argparse.Namespace) -> int:
     print(markdown(result))
     if args.plot:
         result["sweep"] = sweep(case, backends[0], max(1, args.repeats // 2))
-        draw(result, result["sweep"], args.plot)
     if args.json:
         save_json(result, args.json)
+    if args.plot:
+        draw(result, result["sweep"], args.plot)
     return 0
 
 
@@ -236,12 +252,9 @@ def run_decoders(args: argparse.Namespace) -> int:
     for name in names:
         if name not in NETWORKS:
             raise ParameterError(f"--networks has {name!r}; choose from {', '.join(NETWORKS)}")
-    if args.repeats < 1:
-        raise ParameterError(f"--repeats is {args.repeats}; give 1 or more")
-    try:
-        result = measure(names, args.size, pick_device(args.device), args.repeats)
-    except (ImportError, ValueError) as error:  # a network without its package
-        raise ParameterError(str(error)) from error
+    result = measure(names, args.size, pick_device(args.device), args.repeats)
+    if not result["rows"]:
+        raise ParameterError("; ".join(result["missing"].values()))
     return _finish(result, markdown(result), args)
 
 
@@ -249,7 +262,6 @@ def run_pipeline(args: argparse.Namespace) -> int:
     from sparserefine_ros.benchmarks.paper_models import MODELS, params_m
     from sparserefine_ros.benchmarks.pipeline import Setting, markdown, measure
     from sparserefine_ros.errors import ParameterError
-    from sparserefine_ros.evaluation.compare import save_json
     from sparserefine_ros.segmenter.segmenter import pick_device
     from sparserefine_ros.sparse.backends import pick_backend
 
@@ -258,14 +270,17 @@ def run_pipeline(args: argparse.Namespace) -> int:
         if name not in MODELS:
             raise ParameterError(f"--models has {name!r}; choose from {', '.join(MODELS)}")
     if args.params_only:
-        try:
-            result = {"params_m": {name: params_m(MODELS[name])["dense"] for name in names}}
-        except ValueError as error:  # a network without its package
-            raise ParameterError(str(error)) from error
-        print("\n".join(f"{name} {millions:.2f} M" for name, millions in result["params_m"].items()))
-        if args.json:
-            save_json(result, args.json)
-        return 0
+        counts, missing = {}, {}
+        for name in names:
+            try:
+                counts[name] = params_m(MODELS[name])["dense"]
+            except ValueError as error:  # a network without its package
+                missing[name] = str(error)
+        if not counts:
+            raise ParameterError("; ".join(dict.fromkeys(missing.values())))
+        lines = [f"{name} {millions:.2f} M" for name, millions in counts.items()]
+        lines += [f"{name} not counted: {why}" for name, why in missing.items()]
+        return _finish({"params_m": counts, **({"missing": missing} if missing else {})}, "\n".join(lines), args)
     device = pick_device(args.device)
     cuda = device.type == "cuda"
     height, width = args.size
@@ -281,6 +296,8 @@ def run_pipeline(args: argparse.Namespace) -> int:
     pick_backend(args.sparse_backend, device)
     setting = Setting(args.size, device, warmup, repeats, args.stride, args.sparse_backend, args.graph)
     result = measure(names, setting, args.precisions or ["fp16" if cuda else "fp32"], batches)
+    if not result["models"]:
+        raise ParameterError("; ".join(dict.fromkeys(result["missing"].values())))
     return _finish(result, markdown(result), args)
 
 
@@ -290,13 +307,13 @@ def run_runtimes(args: argparse.Namespace) -> int:
     from sparserefine_ros.segmenter.bundle import Bundle
     from sparserefine_ros.segmenter.dense import RUNTIMES
 
-    if args.repeats < 1:
-        raise ParameterError(f"--repeats is {args.repeats}; give 1 or more")
     names = args.runtimes or [name for name in RUNTIMES if name not in ("auto", "torch_graph")]
     for name in names:
         if name not in RUNTIMES:
             raise ParameterError(f"--runtimes has {name!r}; choose from {', '.join(RUNTIMES)}")
     result = measure(Bundle.load(args.model), names, args.device, args.precision, args.repeats)
+    if not result["rows"]:
+        raise ParameterError("; ".join(dict.fromkeys(result["missing"].values())))
     return _finish(result, markdown(result), args)
 
 
@@ -304,7 +321,7 @@ def run_node(args: argparse.Namespace) -> int:
     from sparserefine_ros.benchmarks.node_overhead import markdown, measure
     from sparserefine_ros.errors import ParameterError
 
-    if not (args.rate > 0 and args.duration > 0):
+    if not (0 < args.rate < math.inf and 0 < args.duration < math.inf):
         raise ParameterError(f"--rate {args.rate:g} --duration {args.duration:g}: give numbers above 0")
     if args.cameras < 1:
         raise ParameterError(f"--cameras {args.cameras}: give 1 or more")
@@ -318,17 +335,19 @@ def run_budget(args: argparse.Namespace) -> int:
     from sparserefine_ros.evaluation.compare import save_json
 
     if args.simulate:
+        if args.plot:
+            raise ParameterError("--plot draws what the live node did; leave it or --simulate out")
         result = budget_simulation.compare()
         print(budget_simulation.markdown(result))
     else:
-        if not args.rate > 0 or (args.budget is not None and not args.budget > 0):
+        if not all(0 < number < math.inf for number in (args.rate, 1.0 if args.budget is None else args.budget)):
             raise ParameterError(f"--rate {args.rate:g} --budget {args.budget}: give numbers above 0")
         result = budget_live.measure(args.model, args.bag, args.size, args.rate, args.budget)
         print(budget_live.markdown(result))
-        if args.plot:
-            budget_live.draw(result, args.plot)
     if args.json:
         save_json(result, args.json)
+    if args.plot:
+        budget_live.draw(result, args.plot)
     return 0
 
 
@@ -344,8 +363,20 @@ def _finish(result: dict[str, Any], table: str, args: argparse.Namespace) -> int
 
 def write_card(card: Path, table: str) -> None:
     """Replaces what stands between the table marks of a model card."""
+    head, tail = _card_parts(card)
+    card.write_text(f"{head}\n{table}\n{tail}")
+
+
+def _card_parts(card: Path) -> tuple[str, str]:
+    """A card up to its first mark and from its second on, marks included; at the end of a card that has none."""
     start, end = CARD_MARK.format("start"), CARD_MARK.format("end")
-    text = card.read_text() if card.exists() else f"# {card.parent.name}\n\n{start}\n{end}\n"
-    head, rest = text.split(start, 1)
-    tail = rest.split(end, 1)[1]
-    card.write_text(f"{head}{start}\n{table}\n{end}{tail}")
+    text = card.read_text() if card.exists() else f"# {card.parent.name}\n"
+    if start not in text and end not in text:
+        text += f"\n{start}\n{end}\n"
+    head, _, rest = text.partition(start)
+    _, found, tail = rest.partition(end)
+    if not found:
+        from sparserefine_ros.errors import ParameterError
+
+        raise ParameterError(f"{card} lacks one of {start} and {end}, in this order; write both or neither")
+    return head + start, end + tail

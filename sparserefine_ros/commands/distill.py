@@ -6,6 +6,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from sparserefine_ros.commands.arguments import check_threads
+
 HELP = "train a refiner for a model on your own frames, without labels: its full-resolution prediction teaches"
 
 
@@ -53,6 +55,9 @@ def run(args: argparse.Namespace) -> int:
     for name in ("epochs", "limit"):
         if getattr(args, name) < 1:
             raise ParameterError(f"--{name} is {getattr(args, name)}; give 1 or more")
+    if args.seed < 0:
+        raise ParameterError(f"--seed is {args.seed}; give 0 or more")
+    check_threads(args.threads)
     device = pick_device(args.device)
     cv2.setNumThreads(1)  # batches are drawn in a pool of threads already
     if args.threads:

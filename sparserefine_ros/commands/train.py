@@ -6,6 +6,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from sparserefine_ros.commands.arguments import check_threads
+
 HELP = "train the networks of a bundle from a recipe: dense segmenter, threshold, refiner"
 
 
@@ -28,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from sparserefine_ros.training.bundle import train_bundle
     from sparserefine_ros.training.recipe import Recipe
 
+    check_threads(args.threads)
     cv2.setNumThreads(1)  # batches are drawn in a pool of threads already
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -31,7 +31,7 @@ def load_split(dataset: Mapping[str, Any], split: str, root: Path | None) -> Spl
     """
     kind = dataset.get("kind")
     readers: dict[Any, Callable[[Mapping[str, Any], str, Path | None], Split]] = {"camvid": _camvid, "street": _street}
-    if kind not in readers:
+    if not isinstance(kind, str) or kind not in readers:
         raise DatasetError(f"dataset kind {kind!r} is unknown; known are {', '.join(readers)}")
     return readers[kind](dataset, split, root)
 
@@ -48,6 +48,7 @@ def _camvid(dataset: Mapping[str, Any], split: str, root: Path | None) -> Split:
 def _street(dataset: Mapping[str, Any], split: str, root: Path | None) -> Split:
     from sparserefine_ros.datasets.street import Street
 
+    _check_street(dataset)
     first, drives = {
         "train": (0, dataset["train_drives"]),
         "val": (STREET_VAL_SEED, dataset["val_drives"]),
@@ -59,6 +60,17 @@ def _street(dataset: Mapping[str, Any], split: str, root: Path | None) -> Split:
     # One frame every two seconds: neighbours in time teach little that is new.
     sources = (Street(dataset["frames"], seed, (height, width), fps=0.5) for seed in range(first, first + drives))
     return CITYSCAPES, _read(sources, drives, f"rendering street {split}")
+
+
+def _check_street(dataset: Mapping[str, Any]) -> None:
+    """DatasetError for a number of drives or frames that cannot be."""
+    for key, least in {"train_drives": 1, "val_drives": 1, "refiner_drives": 0, "frames": 1}.items():
+        value = dataset.get(key, 0)
+        if not isinstance(value, int) or value < least:
+            raise DatasetError(f"dataset street has {key} {value!r}; give a whole number from {least} on")
+    size = dataset.get("size", (1024, 2048))
+    if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise DatasetError(f"dataset street has size {size!r}; give [height, width] in pixels")
 
 
 def _read(sources: Iterable[FrameSource], count: int, title: str) -> list[Sample]:

@@ -143,21 +143,24 @@ def markdown(table: dict[str, Any]) -> str:
         '"as HR": share of the pixels with the class that HR dense gives. '
         f"{table['frames']} frames of {width}x{height}, threshold {table['threshold']:.4f} nats, {table['device']} "
         f"with {table['threads']} threads, {table['precision']}, torch {table['torch']}. Times are medians of one "
-        "interleaved run, from camera pixels to mask; a ratio is the median of each frame's own ratio.",
+        f"interleaved run after {WARM_UP} frames, from camera pixels to mask; a ratio is the median of each "
+        "frame's own ratio.",
     ]
     return "\n".join(lines)
 
 
 def save_json(table: dict[str, Any], file: Path) -> None:
-    """Writes ``table`` as JSON; absent classes become null."""
+    """Writes ``table`` as JSON; absent classes, and whatever else is no finite number, become null."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(_null_nan(table), indent=1) + "\n")
+    file.write_text(json.dumps(_null_nan(table), indent=1, allow_nan=False) + "\n")
 
 
 def _null_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _null_nan(v) for k, v in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
+    if isinstance(value, (list, tuple)):
+        return [_null_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def dense_macs_of(segmenter: Segmenter, size: Sequence[int]) -> float:

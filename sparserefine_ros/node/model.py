@@ -23,6 +23,7 @@ Announce = Callable[[str], None]
 OUT_OF_MEMORY = (
     "out of memory",  # CUDA
     "can't allocate memory",  # torch on a CPU
+    "not enough memory",  # the same, on some systems
     "alloc_failed",  # cuBLAS, cuDNN
     "failed to allocate memory",  # ONNX Runtime
     "insufficient memory",  # OpenCV

@@ -151,7 +151,8 @@ def model_folders() -> list[Path]:
     folders.append(package.parent / "models")
     share = Path("share") / "sparserefine_ros" / "models"
     folders += [Path(prefix) / share for prefix in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep) if prefix]
-    folders.append(Path(sysconfig.get_path("data")) / share)
+    prefixes = [*package.parents[:4], Path(sysconfig.get_path("data"))]  # PREFIX/lib/pythonX.Y/site-packages, --target
+    folders += [prefix / share for prefix in dict.fromkeys(prefixes)]
     return folders
 
 

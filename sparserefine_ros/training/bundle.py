@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from sparserefine_ros import __version__
 from sparserefine_ros.datasets.base import Sample
@@ -43,16 +46,18 @@ def train_bundle(recipe: Recipe, data: Path | None, runs: Path, folder: Path, de
             f"choose one of {', '.join(TASKS)}"
         )
     classes, val_frames = load_split(recipe.dataset, "val", data)
+    if recipe.refiner:
+        _build(REFINERS, recipe, recipe.refiner, len(classes))  # fails now, not after the dense stages
     bundle = _take(recipe, folder) if recipe.bundle else _train_dense(recipe, data, val_frames, runs, folder, device)
     if recipe.refiner:
         _, refiner_frames = load_split(recipe.dataset, "refiner", data)
-        torch.manual_seed(recipe.seed)
-        refiner = build(REFINERS, recipe.refiner.network, len(classes), recipe.refiner.args)
+        refiner = _build(REFINERS, recipe, recipe.refiner, len(classes))
         task = TASKS[recipe.refiner.network](
             refiner, Segmenter(bundle, str(device)).dense, classes, refiner_frames, val_frames, recipe.refiner,
             recipe.scale, bundle.entropy_threshold, device,
         )  # fmt: skip
-        refiner = train(task, recipe.refiner, runs, "refiner", recipe.seed, device)
+        origin = {"dataset": recipe.dataset, "recall": recipe.recall, "dense": bundle.dense.sha256}
+        refiner = train(task, recipe.refiner, runs, "refiner", recipe.seed, device, origin)
         spec = save_network(folder, refiner, recipe.refiner.network, recipe.refiner.args, "refiner.safetensors")
         bundle = replace(
             bundle, refiner=spec, provenance={**bundle.provenance, "refiner": stage_summary(recipe.refiner)}
@@ -96,15 +101,16 @@ def _train_dense(
     classes, train_frames = load_split(recipe.dataset, "train", data)
     height, width = train_frames[0].image.shape[:2]
 
-    torch.manual_seed(recipe.seed)
-    dense = build(DENSE, recipe.dense.network, len(classes), recipe.dense.args)
+    dense = _build(DENSE, recipe, recipe.dense, len(classes))
     if recipe.encoder:
         start_encoder(dense, recipe.encoder)
     dense_task = DenseTask(dense, classes, train_frames, val_frames, recipe.dense, recipe.scale, device)
-    dense = train(dense_task, recipe.dense, runs, "dense", recipe.seed, device)
+    origin = {"dataset": recipe.dataset}
+    dense = train(dense_task, recipe.dense, runs, "dense", recipe.seed, device, {**origin, "encoder": recipe.encoder})
     if recipe.low:
+        started = {**origin, "start": _digest(dense)}
         dense_task = DenseTask(dense, classes, train_frames, val_frames, recipe.low, recipe.scale, device)
-        dense = train(dense_task, recipe.low, runs, "low", recipe.seed, device)
+        dense = train(dense_task, recipe.low, runs, "low", recipe.seed, device, started)
     bundle = Bundle(
         path=folder, name=recipe.name, classes=classes, scale=recipe.scale, native_size=(height, width),
         dense=save_network(folder, dense, recipe.dense.network, recipe.dense.args, "dense.safetensors"),
@@ -119,9 +125,9 @@ def _train_dense(
     bundle.save()
     bundle = calibrate_bundle(bundle, val_frames, recipe.recall, str(device))
     if recipe.native:
-        native = copy.deepcopy(dense)
+        native, started = copy.deepcopy(dense), {**origin, "start": _digest(dense)}
         native_task = DenseTask(native, classes, train_frames, val_frames, recipe.native, 1.0, device)
-        native = train(native_task, recipe.native, runs, "native", recipe.seed, device)
+        native = train(native_task, recipe.native, runs, "native", recipe.seed, device, started)
         spec = save_network(folder, native, recipe.native.network, recipe.native.args, "native.safetensors")
         bundle = replace(bundle, native=spec, provenance={**bundle.provenance, "native": stage_summary(recipe.native)})
         bundle.save()
@@ -131,6 +137,23 @@ def _train_dense(
 def stage_summary(stage: StageRecipe) -> dict[str, object]:
     """``stage`` as plain data, for a bundle's provenance."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(stage).items()}
+
+
+def _build(table: Mapping[str, Callable[..., Any]], recipe: Recipe, stage: StageRecipe, num_classes: int) -> Any:
+    """The network of ``stage``, its weights random by the recipe's seed; TrainingError where it cannot be built."""
+    torch.manual_seed(recipe.seed)
+    try:
+        return build(table, stage.network, num_classes, stage.args)
+    except ValueError as error:
+        raise TrainingError(f"recipe {recipe.name!r}: {error}") from error
+
+
+def _digest(module: nn.Module) -> str:
+    """SHA-256 of the weights of ``module``."""
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _device_name(device: torch.device) -> str:

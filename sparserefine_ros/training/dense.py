@@ -52,6 +52,8 @@ class DenseTask:
     def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         images, labels = batch
         logits = module(normalise(images)).float()  # [B, K, h, w]
+        if not bool((labels != UNLABELLED).any()):
+            return logits.sum() * 0.0  # nothing labelled: no gradient, but still a graph
         if self.recipe.hardest < 1:
             return hardest_cross_entropy(logits, labels, self.weights, self.recipe.hardest)
         return F.cross_entropy(logits, labels.long(), self.weights, ignore_index=UNLABELLED)

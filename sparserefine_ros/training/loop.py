@@ -1,7 +1,8 @@
 """The training loop that both networks of a bundle share: AdamW, cosine schedule, averaged weights, exact resume.
 
-Every batch is drawn from (seed, step) alone, so a run that was cut off goes on with the very batches it would have
-seen, on this machine or another: one checkpoint file holds weights, averaged weights, optimiser, step and history.
+Every batch, and whatever a step draws at random, comes from (seed, step) alone, so a run that was cut off goes on with
+the very numbers it would have seen, on this machine or another: one checkpoint file holds weights, averaged weights,
+optimiser, step and history.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -42,11 +44,21 @@ class Task(Protocol):
     def validate(self, module: nn.Module) -> dict[str, float]: ...
 
 
-def train(task: Task, recipe: StageRecipe, folder: Path, name: str, seed: int, device: torch.device) -> nn.Module:
+def train(
+    task: Task,
+    recipe: StageRecipe,
+    folder: Path,
+    name: str,
+    seed: int,
+    device: torch.device,
+    origin: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """Trains ``task.module`` and returns its averaged copy.
 
     Writes ``folder/NAME.ckpt`` (resumed from when it is there) and ``folder/NAME.jsonl``, one line a log entry.
-    Raises TrainingError when the checkpoint belongs to another recipe or the loss is no longer finite.
+    origin: what the result depends on besides recipe and seed, as plain data.
+    Raises TrainingError where the checkpoint belongs to another recipe, seed or origin, or cannot be read or written;
+    when the loss is no longer finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     module = task.module.to(device)
@@ -55,7 +67,8 @@ def train(task: Task, recipe: StageRecipe, folder: Path, name: str, seed: int, d
     schedule = SCHEDULES[recipe.schedule]
     steps_epoch = max(task.samples // recipe.batch, 1)
     total = steps_epoch * recipe.epochs
-    state = _State(folder / f"{name}.ckpt", module, average, optimizer, recipe)
+    origin = {"seed": seed, "frames": task.samples, **(origin or {})}
+    state = _State(folder / f"{name}.ckpt", module, average, optimizer, recipe, origin)
     step = state.resume(device)
 
     def draw(at: int) -> Batch:
@@ -65,10 +78,10 @@ def train(task: Task, recipe: StageRecipe, folder: Path, name: str, seed: int, d
         TextColumn(f"[bold]{name}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with bar, ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    with bar, _resumable(name, state), ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         row = bar.add_task(name, total=total, completed=step, note="")
         ahead = [pool.submit(draw, at) for at in range(step, min(step + 8, total))]
-        running, saved = state.running(), time.monotonic()
+        saved = time.monotonic()
         module.train()
         while step < total:
             batch = tuple(t.to(device, non_blocking=True) for t in ahead.pop(0).result())
@@ -76,6 +89,7 @@ def train(task: Task, recipe: StageRecipe, folder: Path, name: str, seed: int, d
                 ahead.append(pool.submit(draw, step + 8))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, total, recipe.warmup)
+            torch.manual_seed(_step_seed(seed, step))
             with mixed_precision(device):
                 loss = task.loss(module, batch)
             value = loss.item()
@@ -87,16 +101,16 @@ def train(task: Task, recipe: StageRecipe, folder: Path, name: str, seed: int, d
             optimizer.step()
             average.update_parameters(module)
             step += 1
-            running = value if running is None else 0.98 * running + 0.02 * value
-            bar.update(row, completed=step, note=f"loss {running:.3f}")
+            state.running = value if state.running is None else 0.98 * state.running + 0.02 * value
+            bar.update(row, completed=step, note=f"loss {state.running:.3f}")
             epoch = step // steps_epoch
             if step % steps_epoch == 0:
-                entry: dict[str, Any] = {"epoch": epoch, "step": step, "loss": round(running, 4)}
+                entry: dict[str, Any] = {"epoch": epoch, "step": step, "loss": round(state.running, 4)}
                 if epoch % recipe.validate_every == 0 or step == total:
                     average.eval()
                     entry.update({k: round(v, 4) for k, v in task.validate(average.module).items()})
                 state.history.append(entry)
-                bar.print(json.dumps(entry))
+                bar.print(json.dumps(entry), soft_wrap=True)  # one line, however narrow a log file is taken to be
             if step == total or time.monotonic() - saved > SAVE_EVERY:
                 state.save(step)
                 saved = time.monotonic()
@@ -104,6 +118,15 @@ def train(task: Task, recipe: StageRecipe, folder: Path, name: str, seed: int, d
     (folder / f"{name}.jsonl").write_text(log)
     result: nn.Module = average.module.eval()
     return result
+
+
+@contextlib.contextmanager
+def _resumable(name: str, state: _State) -> Iterator[None]:
+    """Ctrl-C says from where the run goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"{name} goes on from step {state.step} when the command is given again") from error
 
 
 def cosine(step: int, total: int, warmup: float) -> float:
@@ -124,10 +147,15 @@ SCHEDULES = {"cosine": cosine, "poly": poly}
 
 
 def mixed_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """bfloat16 autocast where the hardware gains by it: CUDA, and CPUs with AVX-512 BF16."""
-    if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+    """bfloat16 autocast where the hardware gains by it: CUDA, and CPUs with AVX-512 BF16, where torch can tell."""
+    can_tell = hasattr(torch.cpu, "_is_avx512_bf16_supported")  # torch 2.4 and 2.5 cannot
+    if device.type == "cpu" and not (can_tell and torch.cpu._is_avx512_bf16_supported()):
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def _step_seed(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
 
 
 def _groups(module: nn.Module, recipe: StageRecipe) -> list[dict[str, Any]]:
@@ -155,36 +183,60 @@ class _State:
         average: AveragedModel,
         optimizer: torch.optim.Optimizer,
         recipe: StageRecipe,
+        origin: Mapping[str, Any],
     ) -> None:
         self.path, self.module, self.average, self.optimizer = path, module, average, optimizer
+        self.origin = dict(origin)
         # What differs from the defaults, so that an option added later does not disown earlier checkpoints.
         self.recipe = repr({f.name: v for f in fields(recipe) if (v := getattr(recipe, f.name)) != f.default})
         self.history: list[dict[str, Any]] = []
-
-    def running(self) -> float | None:
-        """The smoothed loss to go on from."""
-        return float(self.history[-1]["loss"]) if self.history else None
+        self.running: float | None = None  # the smoothed loss
+        self.step = 0  # of the checkpoint
 
     def save(self, step: int) -> None:
         data = {
-            "recipe": self.recipe, "step": step, "history": self.history, "module": self.module.state_dict(),
-            "average": self.average.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "recipe": self.recipe, "origin": self.origin, "step": step, "history": self.history,
+            "running": self.running, "module": self.module.state_dict(), "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
         partial = self.path.with_suffix(".partial")
-        torch.save(data, partial)
-        partial.replace(self.path)  # a cut while writing leaves the previous checkpoint
+        try:
+            with partial.open("wb") as file:
+                torch.save(data, file)
+                file.flush()
+                os.fsync(file.fileno())  # on the disk before it has its name
+            partial.replace(self.path)  # a cut while writing leaves the previous checkpoint
+            self.step = step
+        except (OSError, RuntimeError) as error:  # the latter is what torch makes of a full disk
+            partial.unlink(missing_ok=True)
+            raise TrainingError(
+                f"cannot write the checkpoint {self.path}: {error}; make room for it and give the same command again, "
+                "which goes on from the one before"
+            ) from error
 
     def resume(self, device: torch.device) -> int:
         if not self.path.exists():
             return 0
-        data = torch.load(self.path, map_location=device, weights_only=True)
+        try:
+            data = torch.load(self.path, map_location=device, weights_only=True)
+        except Exception as error:  # a file cut short surfaces as anything from EOFError to RuntimeError
+            raise TrainingError(f"cannot read the checkpoint {self.path}: {error}; remove it to start anew") from error
         if data["recipe"] != self.recipe:
             raise TrainingError(
                 f"{self.path} was written by another recipe; remove it to start anew, or restore the recipe:\n"
                 f"  there: {data['recipe']}\n  here:  {self.recipe}"
             )
+        there = data.get("origin", self.origin)  # earlier checkpoints do not say
+        for key in self.origin:
+            if there.get(key) != self.origin[key]:
+                raise TrainingError(
+                    f"{self.path} was written by another run, with {key} {there.get(key)!r} where it is "
+                    f"{self.origin[key]!r} here; remove it to start anew"
+                )
         self.module.load_state_dict(data["module"])
         self.average.load_state_dict(data["average"])
         self.optimizer.load_state_dict(data["optimizer"])
         self.history = data["history"]
-        return int(data["step"])
+        self.running = data.get("running", self.history[-1]["loss"] if self.history else None)
+        self.step = int(data["step"])
+        return self.step

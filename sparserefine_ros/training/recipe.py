@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -33,8 +35,17 @@ class StageRecipe:
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "poly"):
             raise TrainingError(f"schedule {self.schedule!r} is unknown; choose cosine or poly")
-        if not 0 < self.hardest <= 1:
-            raise TrainingError(f"hardest {self.hardest} is out of range; give a share above 0 and at most 1")
+        for name in ("epochs", "batch", "validate_every"):
+            _check(self, name, "a whole number from 1 on", lambda v: _whole(v) and v >= 1)
+        _check(self, "crop", "[height, width] in pixels", lambda v: _pair(v) and all(_whole(n) and n >= 1 for n in v))
+        _check(self, "scale", "[smallest, largest], both above 0", lambda v: _pair(v) and 0 < v[0] <= v[1])
+        _check(self, "hardest", "a share above 0 and at most 1", lambda v: _number(v) and 0 < v <= 1)
+        _check(self, "lr", "a number above 0, as in 0.001 (1e-3 is a word to YAML)", lambda v: _number(v) and v > 0)
+        for name in ("weight_decay", "encoder_lr", "class_weight_power"):
+            _check(self, name, "a number from 0 on", lambda v: _number(v) and v >= 0)
+        _check(self, "warmup", "a share from 0 to 1", lambda v: _number(v) and 0 <= v <= 1)
+        _check(self, "ema", "a number from 0 to below 1", lambda v: _number(v) and 0 <= v < 1)
+        _check(self, "args", "a mapping", lambda v: isinstance(v, Mapping))
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,15 @@ class Recipe:
             raise TrainingError(
                 f"recipe takes bundle {self.bundle!r} as it is; give a refiner, no encoder, no low, no native"
             )
+        _check(self, "name", "a name for its folders", lambda v: isinstance(v, str) and Path(v).name == v)
+        _check(self, "dataset", "a mapping, see config/train", lambda v: isinstance(v, Mapping))
+        for name in ("scale", "recall"):
+            _check(self, name, "a number above 0 and at most 1", lambda v: _number(v) and 0 < v <= 1)
+        _check(self, "seed", "a whole number from 0 on", lambda v: _whole(v) and v >= 0)
+        for name in ("low", "native"):
+            stage = getattr(self, name)
+            if stage and self.dense and (stage.network, stage.args) != (self.dense.network, self.dense.args):
+                raise TrainingError(f"section {name!r} has other network or args than 'dense', which it goes on from")
 
     @staticmethod
     def load(path: str | Path) -> Recipe:
@@ -81,9 +101,27 @@ def _stage(path: str | Path, key: str, data: Any) -> StageRecipe:
     if not isinstance(data, dict):
         raise TrainingError(f"recipe {path} has no section {key!r}; see config/train for an example")
     for pair in ("crop", "scale"):
-        if pair in data:
+        if isinstance(data.get(pair), list):
             data[pair] = tuple(data[pair])
     return _fill(StageRecipe, f"{path}: {key}", data)
+
+
+def _check(recipe: Any, name: str, right: str, valid: Callable[[Any], bool]) -> None:
+    value = getattr(recipe, name)
+    if not valid(value):
+        raise TrainingError(f"{name} {value!r} is out of range; give {right}")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(map(_number, value))
 
 
 def _fill(cls: Any, where: object, data: dict[str, Any]) -> Any:
