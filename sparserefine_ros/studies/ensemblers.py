@@ -27,7 +27,7 @@ ORACLE = "oracle: the right one, if any"
 def study(setting: Setting) -> Report:
     opened = Opened(setting.bundle, setting.device)
     assert setting.bundle.refiner is not None
-    own = f"{setting.bundle.refiner.args.get('ensembler', 'gated')}: the bundle's, trained with the branch"
+    own = f"{setting.bundle.refiner.args.get('ensembler', 'gated')}: the bundle's, trained"
     classes = len(setting.bundle.classes)
     ensemblers: dict[str, nn.Module] = {label: build_ensembler(name, classes) for label, name in PLAIN.items()}
     ensemblers |= {own: opened.refiner.ensembler, ORACLE: build_ensembler("oracle", classes)}
@@ -56,9 +56,9 @@ def study(setting: Setting) -> Report:
     cells = [("none: LR dense", percent(miou_lr, 2), "–")]
     cells += [(row["ensembler"], percent(row["miou"], 2), f"{100 * row['gain']:+.2f}") for row in rows]
     note = (
-        "One sparse branch for all, the bundle's, which was trained to be right by itself and through the bundle's "
-        f"ensembler; the others have nothing to train. {percent(selected / pixels)} % of the pixels are selected. The "
-        "oracle takes whichever prediction is right: the bound for choosing between the two."
+        "One sparse branch for all, the bundle's; the other ensemblers have nothing to train. "
+        f"{percent(selected / pixels)} % of the pixels are selected. The oracle takes whichever prediction is right: "
+        "the bound for choosing between the two."
     )
     return Report(
         "ensemblers", "Ensembler (Table 5e)", ("ensembler", "mIoU", "gain"), cells, note,
