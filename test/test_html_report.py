@@ -20,7 +20,7 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 from sparserefine_ros.commands.evaluation_session import Options, evaluate
 from sparserefine_ros.datasets.base import Sample
 from sparserefine_ros.evaluation import bag_messages as messages
-from sparserefine_ros.evaluation import html_report, page, per_frame, provenance, worst_frames
+from sparserefine_ros.evaluation import html_report, page, per_frame, provenance, report_charts, svg, worst_frames
 from sparserefine_ros.evaluation.bag_writer import LABEL_TOPIC, START_NS
 from sparserefine_ros.evaluation.calibration import density_recall
 from sparserefine_ros.evaluation.curves import measure
@@ -188,6 +188,21 @@ def test_curves_are_the_segmenters(tiny_bundle: Path) -> None:
     assert measure(segmenter, [some[0]._replace(label=np.full((48, 72), 255, np.uint8))]) is None
     with pytest.raises(ValueError, match="no labelled pixel"):
         reliability_diagram(segmenter, [some[0]._replace(label=None)])
+
+
+def test_the_timeline_counts_no_time_twice() -> None:
+    """What the node times of a live frame: parts, and sums of parts, of which the timeline may stack the parts alone."""
+    parts = {"transport": 0.0, "wait": 1.0, "decode": 2.0, "preprocess": 3.0, "dense": 20.0, "select": 1.0,
+             "refine": 9.0, "merge": 2.0, "publish": 2.0}  # fmt: skip
+    times = {**parts, "segment": 35.0, "total": 39.0, "latency": 40.0}
+    frames = {"sent_s": [0.0, 1.0], "latency_ms": [50.0, 50.0], "stages_ms": {k: [v, v] for k, v in times.items()}}
+    found = report_charts.latency_charts({"per_frame": frames})
+    assert found is not None and found["stages"] == list(parts)
+    shapes = re.findall(r'class="(stage stage-\d)" d="(.*?)"', found["timeline"])
+    assert len({style for style, _ in shapes}) == len(shapes) == 9  # no colour stands for two
+    tops = [float(y) for _, path in shapes for y in re.findall(r"V([\d.]+)H", path)]
+    bottom, height = 300 - svg.BOTTOM, 300 - svg.BOTTOM - svg.TOP
+    assert (bottom - min(tops)) / height * 1.05 * 50.0 == pytest.approx(sum(parts.values()), abs=0.1)
 
 
 def test_worst_frames_are_apart() -> None:
