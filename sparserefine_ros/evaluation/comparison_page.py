@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sparserefine_ros.evaluation import bootstrap, page
@@ -42,7 +43,7 @@ def show(comparison: Comparison, names: tuple[str, str], console: Console) -> No
         for heading in ("", "a", "b", "b - a", "95 %", ""):
             table.add_column(heading, justify="left" if not heading else "right")
         for row in rows:
-            table.add_row(row.name, *cells(row), WORDS[row.verdict])
+            table.add_row(escape(row.name), *cells(row), WORDS[row.verdict])
         console.print(table)
     console.print(f"a: {names[0]}, b: {names[1]}; {bootstrap.METHOD}, paired by stamp", highlight=False, markup=False)
     frames = f"{comparison.scored} frames scored in both, {comparison.answered} answered in both"
