@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,8 +20,18 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 
 from sparserefine_ros.commands.evaluation_session import Options, evaluate
 from sparserefine_ros.datasets.base import Sample
+from sparserefine_ros.datasets.classes import CAMVID
 from sparserefine_ros.evaluation import bag_messages as messages
-from sparserefine_ros.evaluation import html_report, page, per_frame, provenance, report_charts, svg, worst_frames
+from sparserefine_ros.evaluation import (
+    html_report,
+    page,
+    per_frame,
+    provenance,
+    replay_metrics,
+    report_charts,
+    svg,
+    worst_frames,
+)
 from sparserefine_ros.evaluation.bag_writer import LABEL_TOPIC, START_NS
 from sparserefine_ros.evaluation.calibration import density_recall
 from sparserefine_ros.evaluation.curves import measure
@@ -151,6 +162,12 @@ def test_a_bag_without_labels_says_what_cannot_be_known(tiny_bundle: Path, tmp_p
     assert text.count('class="frame"') == worst_frames.COUNT
 
 
+def test_names_that_are_no_utf8(evaluated: tuple[dict[str, Any], str, Path], tmp_path: Path) -> None:
+    result = {**evaluated[0], "bag": {**evaluated[0]["bag"], "name": os.fsdecode(b"b\xff")}}
+    html_report.write(result, "spread", [], tmp_path / "r.html")
+    assert "b\\udcff" in (tmp_path / "r.html").read_text("utf-8")
+
+
 def test_no_mask_at_all_is_said(evaluated: tuple[dict[str, Any], str, Path]) -> None:
     result = json.loads(json.dumps(evaluated[0]))
     result["per_frame"]["latency_ms"] = [None] * FRAMES
@@ -191,7 +208,7 @@ def test_curves_are_the_segmenters(tiny_bundle: Path) -> None:
 
 
 def test_the_timeline_counts_no_time_twice() -> None:
-    """What the node times of a live frame: parts, and sums of parts, of which the timeline may stack the parts alone."""
+    """The node times parts of a live frame and sums of parts; the timeline may stack the parts alone."""
     parts = {"transport": 0.0, "wait": 1.0, "decode": 2.0, "preprocess": 3.0, "dense": 20.0, "select": 1.0,
              "refine": 9.0, "merge": 2.0, "publish": 2.0}  # fmt: skip
     times = {**parts, "segment": 35.0, "total": 39.0, "latency": 40.0}
@@ -211,6 +228,8 @@ def test_worst_frames_are_apart() -> None:
     assert worst_frames.spread(badness) == [second // 2, 3 * second, 4 * second]
     log = ReplayLog(answered={1: 0.0, 2 * second: 0.0}, density={1: 0.1, 2 * second: 0.3, 9 * second: 0.9})
     assert list(worst_frames.choose(log, None)[1]) == [2 * second, 1]
+    void = replay_metrics.score([(1, np.full((2, 2), 255, np.uint8))], {1: np.zeros((2, 2), np.uint8)}, CAMVID)
+    assert worst_frames.choose(log, void)[0] == "uncertain"  # a mask, a label, and not one labelled pixel
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 322.8), (-6.3, 6.3), (0, 1e-4), (3, 1e6)])
@@ -283,3 +302,18 @@ def test_in_a_real_browser(evaluated: tuple[dict[str, Any], str, Path], browser:
         browser.set_window_size(width, 800)
         assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     assert browser.get_log("browser") == []
+
+
+def test_on_paper(evaluated: tuple[dict[str, Any], str, Path], browser: Any) -> None:
+    """Nothing is cut off at the page's width, and colours are printed: the confusion matrix has white numbers."""
+    browser.get(evaluated[2].as_uri())
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    browser.set_window_size(720, 1000)  # A4 less its margins is 718 pixels wide
+    try:
+        tables = "[...document.querySelectorAll('.scroll')]"
+        wide = f"return {tables}.filter(s => s.firstElementChild.scrollWidth > s.clientWidth).length"
+        assert browser.execute_script(wide) == 0
+        style = "getComputedStyle(document.querySelector('.confusion td')).printColorAdjust"
+        assert browser.execute_script(f"return {style}") == "exact"
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     report.show(result, console)
     for path in (args.report and html_file(args.report), args.json, args.output and args.output / "evaluation.png"):
         if path and path.exists():
-            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+            console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
     return 0 if result["frames"]["processed"] else 1
 
 

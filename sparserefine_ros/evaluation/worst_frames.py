@@ -47,8 +47,8 @@ class ShownFrame:
 def choose(log: ReplayLog, score: Score | None) -> tuple[str, dict[int, str]]:
     """(What the choice is, {stamp: why}): the worst first, at least a second apart, since neighbours look alike.
 
-    Worst is the largest share of wrong pixels; without ground truth the largest share of uncertain ones; where nothing
-    was refined either, frames are spread over the drive.
+    Worst is the largest share of wrong pixels; without a labelled pixel the largest share of uncertain ones; where
+    nothing was refined either, frames are spread over the drive.
     """
     if score and score.frames:
         wrong = {}
@@ -56,7 +56,8 @@ def choose(log: ReplayLog, score: Score | None) -> tuple[str, dict[int, str]]:
             total = int(counts.confusion.sum())
             if total:
                 wrong[stamp] = 1 - int(np.diagonal(counts.confusion).sum()) / total
-        return "worst", {s: f"{100 * wrong[s]:.1f} % of labelled pixels wrong" for s in spread(wrong)}
+        if wrong:
+            return "worst", {s: f"{100 * wrong[s]:.1f} % of labelled pixels wrong" for s in spread(wrong)}
     density = {stamp: value for stamp, value in log.density.items() if stamp in log.answered}
     if any(density.values()):
         return "uncertain", {s: f"{100 * density[s]:.1f} % of the pixels uncertain" for s in spread(density)}
