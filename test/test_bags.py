@@ -64,6 +64,7 @@ def image(stamp: int = 1, height: int = H, width: int = W, value: int = 0, encod
 def test_values_stamps_and_order_survive(tmp_path: Path, storage: str, encoding: str) -> None:
     with Bag(write(tmp_path / "bag", storage, encoding)) as bag:
         assert bag.check(CAMVID) == STAMPS
+        assert bag.duration_s == (STAMPS[-1] - STAMPS[0]) / 1e9
         assert [(f.stamp_ns, f.time_ns) for f in bag.frames()] == [(s, s) for s in STAMPS]
         read = [(stamp, to_rgb(message)) for stamp, message in bag.image_messages()]
         labels = list(bag.labels())
@@ -141,6 +142,9 @@ def test_same_frames_give_the_same_hash(tmp_path: Path) -> None:
         with Bag(write(tmp_path / folder / "bag")) as bag:
             hashes.append(bag.sha256())
     assert hashes[0] == hashes[1] and len(hashes[0]) == 64
+    (tmp_path / "a" / "bag" / "node.log").write_text("of `evaluate --output`")
+    with Bag(tmp_path / "a" / "bag") as bag:
+        assert bag.sha256() == hashes[0]
 
 
 @pytest.mark.parametrize("dropped", [0, 3])
@@ -304,6 +308,12 @@ def test_class_count_mismatch(tmp_path: Path) -> None:
 def test_class_names_mismatch(tmp_path: Path) -> None:
     other = ClassList("other", ("sky", "house", *CAMVID.names[2:]), CAMVID.palette)
     refused(write(tmp_path / "bag", classes=other), "class 1 is 'house' in the bag but 'building'", "--model")
+
+
+def test_classes_of_one_name(tmp_path: Path) -> None:
+    names = ("road", *CAMVID.names[1:3], "road", *CAMVID.names[4:])
+    with Bag(write(tmp_path / "bag")) as bag, pytest.raises(BagError, match="two classes named 'road'"):
+        bag.check(ClassList("twice", names, CAMVID.palette))
 
 
 def test_writer_keeps_what_lies_there(tmp_path: Path) -> None:

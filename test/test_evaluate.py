@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -195,6 +197,22 @@ def test_node_that_cannot_start_is_quoted(tmp_path: Path) -> None:
     ):
         while True:
             node.check()
+
+
+def test_sigterm_unwinds_as_ctrl_c_does() -> None:
+    """Else the node of a replay, in a session of its own, would go on for ever."""
+    code = """
+import os, signal
+from sparserefine_ros import cli
+with cli.unwinding():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    finally:
+        print("node stopped")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "node stopped\n")
 
 
 def test_class_mismatch_is_said_before_the_node_starts(tiny_bundle: Path, tmp_path: Path) -> None:

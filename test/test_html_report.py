@@ -213,7 +213,7 @@ def test_the_timeline_counts_no_time_twice() -> None:
              "refine": 9.0, "merge": 2.0, "publish": 2.0}  # fmt: skip
     times = {**parts, "segment": 35.0, "total": 39.0, "latency": 40.0}
     frames = {"sent_s": [0.0, 1.0], "latency_ms": [50.0, 50.0], "stages_ms": {k: [v, v] for k, v in times.items()}}
-    found = report_charts.latency_charts({"per_frame": frames})
+    found = report_charts.latency_charts({"mode": "live", "per_frame": frames})
     assert found is not None and found["stages"] == list(parts)
     shapes = re.findall(r'class="(stage stage-\d)" d="(.*?)"', found["timeline"])
     assert len({style for style, _ in shapes}) == len(shapes) == 9  # no colour stands for two

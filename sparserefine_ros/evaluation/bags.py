@@ -31,6 +31,8 @@ from sparserefine_ros.evaluation.bag_writer import (
     LABEL_TOPIC,
 )
 
+STORED = (".mcap", ".db3", ".zstd")
+"""Endings of the files that hold a bag's messages."""
 MAKE_ONE = "make one with `sparserefine make-bag`"
 
 
@@ -62,7 +64,8 @@ class Bag:
             self._reader = bag_limits.open_reader(self.path)
         try:
             self._choose_topics(image_topic, label_topic)
-            self.duration_s: float = self._reader.duration / 1e9
+            # to rosbags the end is one nanosecond after the last message
+            self.duration_s: float = max(0, self._reader.duration - 1) / 1e9
             self.classes: ClassList | None = self._read_classes()
         except BaseException:
             self.close()
@@ -124,9 +127,12 @@ class Bag:
     def check(self, classes: ClassList) -> list[int]:
         """Reads the bag once from end to end; returns the images' stamps in ns, in order.
 
-        Raises BagError where an evaluation against ``classes`` (the bundle's) would fail or mean nothing: a class list
-        other than the bundle's, an id the bundle does not have, sizes that differ, stamps that repeat, no images.
+        Raises BagError where an evaluation against ``classes`` (the bundle's) would fail or mean nothing: two classes
+        of one name, a class list other than the bundle's, an id the bundle does not have, sizes that differ, stamps that
+        repeat, no images.
         """
+        if twice := [name for name, count in Counter(classes.names).items() if count > 1]:
+            raise BagError(f"the bundle has two classes named {twice[0]!r}, and results go by name; rename one")
         if self.classes is not None:
             _check_same_classes(self.path, self.classes, classes)
         stamps: list[int] = []
@@ -168,8 +174,11 @@ class Bag:
         return stamps
 
     def sha256(self) -> str:
-        """Hash over the files of the bag, by name: the same bag gives the same hash anywhere."""
-        files = sorted(f for f in self.path.iterdir() if f.is_file()) if self.path.is_dir() else [self.path]
+        """Hash over the files of the bag, by name: the same bag gives the same hash anywhere, beside whatever files."""
+        files = [self.path]
+        if self.path.is_dir():
+            names = (f for f in self.path.iterdir() if f.name == "metadata.yaml" or f.suffix in STORED)
+            files = sorted(f for f in names if f.is_file())
         total = hashlib.sha256()
         for file in files:
             with file.open("rb") as stream:

@@ -193,7 +193,7 @@ def _timing(report: Mapping[str, Any]) -> Table:
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right")
-    what = "frame to mask" if report["mode"] == "live" else "one call"
+    what = "frame to mask" if report["mode"] == "live" else "segmenter call"
     table.add_row(f"[bold]{what}[/]", *(_milli(report["latency_ms"][c]) for c in columns))
     for stage, values in report["stages_ms"].items():
         table.add_row(escape(stage), *(_milli(values[c]) for c in columns))

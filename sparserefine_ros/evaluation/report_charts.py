@@ -91,20 +91,20 @@ def latency_charts(result: Mapping[str, Any]) -> dict[str, Any] | None:
         chart.spot(start, end, _note(float(sent[i]), float(latency[i]), stages, i))
     return {
         "timeline": chart.text(),
-        "histogram": _histogram(latency[np.isfinite(latency)]),
+        "histogram": _histogram(latency[np.isfinite(latency)], result["mode"] == "live"),
         "stages": list(stages),
         "frames_a_column": max(len(group) for group in groups),
         "lost": any(lost),
     }
 
 
-def _histogram(values: np.ndarray) -> str:
+def _histogram(values: np.ndarray, live: bool) -> str:
     counts, edges = np.histogram(values, bins=HISTOGRAM_BINS, range=(0, float(values.max()) * 1.02))
     chart = Chart(
         "histogram of latencies",
         (0, float(edges[-1])),
         (0, float(counts.max()) * 1.05),
-        "ms from frame to mask",
+        "ms from frame to mask" if live else "ms of a segmenter call",
         "frames",
     )
     chart.bars([(a, b, 0.0, float(n)) for a, b, n in zip(edges, edges[1:], counts, strict=False) if n], "bar")
