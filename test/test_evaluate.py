@@ -25,8 +25,10 @@ from sparserefine_ros.datasets.base import Sample
 from sparserefine_ros.datasets.classes import CAMVID, CITYSCAPES
 from sparserefine_ros.errors import BagError, DatasetError, ParameterError, ResultError, SparseRefineError
 from sparserefine_ros.evaluation import bag_messages as messages
+from sparserefine_ros.evaluation import curves
 from sparserefine_ros.evaluation.bag_writer import IMAGE_TOPIC, START_NS, BagWriter
 from sparserefine_ros.evaluation.bags import Bag
+from sparserefine_ros.evaluation.mask_spool import MaskSpool
 from sparserefine_ros.evaluation.metrics import ConfusionMatrix
 from sparserefine_ros.segmenter.bundle import Bundle
 from sparserefine_ros.segmenter.segmenter import Segmenter
@@ -187,6 +189,31 @@ def test_an_earlier_picture_is_no_picture_of_this_run(tiny_bundle: Path, tmp_pat
     assert not (tmp_path / "evaluation.png").exists()
 
 
+def test_a_label_of_another_size_than_its_jpeg_is_said_before_the_replay(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = samples(1)[0]
+    with Writer(tmp_path / "bag", version=8, storage_plugin=StoragePlugin.MCAP) as writer:
+        kinds = {"/jpeg": messages.COMPRESSED, "/camera/label": messages.IMAGE}
+        topics = {t: writer.add_connection(t, kind, typestore=messages.typestore()) for t, kind in kinds.items()}
+        writer.write(topics["/jpeg"], 1, messages.compressed_message(sample.image, "jpeg", 1, ""))
+        assert sample.label is not None
+        writer.write(topics["/camera/label"], 1, messages.image_message(sample.label[::2, ::2], "mono8", 1, ""))
+    monkeypatch.setattr(evaluation_session, "segment_bag", lambda *_: pytest.fail("replayed"))
+    with pytest.raises(BagError, match="stamp 1 ns the image is 72x48 but its label 36x24"):
+        offline(tmp_path / "bag", tiny_bundle)
+
+
+def test_curves_hold_no_more_than_their_pixels(bag: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames of 72x48: six of them, or as many as fit, one at least."""
+    with Bag(bag) as opened, MaskSpool() as spool:
+        for stamp, label in opened.labels():
+            spool.put_mask(stamp, label)
+        for pixels, expected in ((6 * 72 * 48, 6), (3 * 72 * 48 + 1, 3), (1, 1)):
+            monkeypatch.setattr(curves, "PIXELS", pixels)
+            assert len(evaluation_session._labelled_samples(opened, spool)) == expected
+
+
 def test_node_that_cannot_start_is_quoted(tmp_path: Path) -> None:
     pytest.importorskip("rclpy")
     from sparserefine_ros.node.process import NodeError, NodeProcess
@@ -255,6 +282,7 @@ def arguments(module: Any, *words: str) -> argparse.Namespace:
     [
         (("--rate", "-1"), "--rate is -1.0; give 0 (lossless) or a factor above 0"),
         (("--rate", "nan"), "--rate is nan"),
+        (("--rate", "inf"), "--rate is inf"),
         (("--answer-timeout", "0"), "--answer-timeout is 0.0"),
         (("--domain-id", "300"), "--domain-id is 300; give 0 to 101"),
         (("--save-masks",), "--save-masks needs --output DIR"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from sparserefine_ros.commands.arguments import add_size
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.frames < 1:
         raise ParameterError(f"--frames is {args.frames}; give 1 or more")
-    if not args.rate >= 0:
+    if not 0 <= args.rate < math.inf:
         raise ParameterError(f"--rate is {args.rate}; give 0 (lossless) or a factor above 0")
     console = Console(highlight=False)
     start = time.monotonic()

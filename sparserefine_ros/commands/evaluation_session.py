@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sparserefine_ros.commands.evaluate import SEGMENTER_PARAMETERS
 from sparserefine_ros.datasets.base import Sample
-from sparserefine_ros.errors import ParameterError, SparseRefineError
+from sparserefine_ros.errors import BagError, FrameError, ParameterError, SparseRefineError
 from sparserefine_ros.evaluation import curves, files, gallery, html_report, replay_metrics, report, worst_frames
 from sparserefine_ros.evaluation.bag_writer import COMPRESSED_TOPIC, IMAGE_TOPIC
 from sparserefine_ros.evaluation.bags import Bag
@@ -60,6 +61,8 @@ def evaluate(options: Options, console: Console) -> dict[str, Any]:
     bundle = segmenter.bundle
     with Bag(options.bag, options.image_topic, options.label_topic) as bag, MaskSpool() as spool:
         stamps = bag.check(bundle.classes)
+        if bag.compressed:
+            _check_first_size(bag)
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -185,6 +188,21 @@ def _facts(values: Mapping[str, Value], segmenter: Segmenter, bag: Bag) -> dict[
     }
 
 
+def _check_first_size(bag: Bag) -> None:
+    """BagError where the first labelled image and its label differ in size, which `Bag.check` cannot see of JPEG."""
+    stamp, label = next(bag.labels(), (None, None))
+    if stamp is None or label is None:
+        return
+    message = next((m for s, m in bag.image_messages() if s == stamp), None)
+    with suppress(FrameError):  # costs that frame only
+        size = label.shape if message is None else to_rgb(message).shape[:2]
+        if size != label.shape:
+            raise BagError(
+                f"{bag.path}: at stamp {stamp} ns the image is {size[1]}x{size[0]} but its label "
+                f"{label.shape[1]}x{label.shape[0]}; record both at the same size"
+            )
+
+
 def _decoder(segmenter: Segmenter) -> str:
     """What gave the masks: dense, superpixel or offseg, and over it the refiner where one ran."""
     bundle = segmenter.bundle
@@ -197,7 +215,9 @@ def _decoder(segmenter: Segmenter) -> str:
 def _labelled_samples(bag: Bag, spool: MaskSpool) -> list[Sample]:
     """Frames with ground truth and a mask, evenly spaced over the drive, for `curves.measure`."""
     have_masks = set(spool.stamps())
-    chosen = set(replay_metrics.evenly_spaced([s for s, _ in bag.labels() if s in have_masks], curves.FRAMES))
+    sizes = {stamp: label.size for stamp, label in bag.labels() if stamp in have_masks}
+    count = min(curves.FRAMES, max(1, curves.PIXELS // max(sizes.values(), default=1)))
+    chosen = set(replay_metrics.evenly_spaced(list(sizes), count))
     labels = {stamp: label for stamp, label in bag.labels() if stamp in chosen}
     return [Sample(to_rgb(m), labels[s], str(s), s) for s, m in bag.image_messages() if s in labels]
 

@@ -58,7 +58,7 @@ class Bag:
         if self.path.is_dir() and not (self.path / "metadata.yaml").is_file():
             raise BagError(
                 f"{self.path} has no metadata.yaml: the recording was cut short, or it is no bag; "
-                f"run `ros2 bag reindex` on it, name its .mcap file, or {MAKE_ONE}"
+                f"run `ros2 bag reindex` on it, name its .mcap file (truncated, it needs `mcap recover`), or {MAKE_ONE}"
             )
         with self._reading():
             self._reader = bag_limits.open_reader(self.path)
@@ -128,11 +128,11 @@ class Bag:
         """Reads the bag once from end to end; returns the images' stamps in ns, in order.
 
         Raises BagError where an evaluation against ``classes`` (the bundle's) would fail or mean nothing: two classes
-        of one name, a class list other than the bundle's, an id the bundle does not have, sizes that differ, stamps that
+        of one name, a class list other than the bundle's, an id it does not have, sizes that differ, stamps that
         repeat, no images.
         """
-        if twice := [name for name, count in Counter(classes.names).items() if count > 1]:
-            raise BagError(f"the bundle has two classes named {twice[0]!r}, and results go by name; rename one")
+        if same := [name for name, count in Counter(classes.names).items() if count > 1]:
+            raise BagError(f"the bundle has two classes named {same[0]!r}, and results go by name; rename one")
         if self.classes is not None:
             _check_same_classes(self.path, self.classes, classes)
         stamps: list[int] = []
