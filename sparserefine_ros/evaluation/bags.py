@@ -116,7 +116,11 @@ class Bag:
     def image_messages(self) -> Iterator[tuple[int, Any]]:
         """(stamp in ns, deserialised message) of every image, fields as in sensor_msgs."""
         for frame in self.frames():
-            yield frame.stamp_ns, messages.deserialize(frame.data, self.image_type)
+            yield frame.stamp_ns, self.message(frame)
+
+    def message(self, frame: RawFrame) -> Any:
+        """The deserialised message of a frame, fields as in sensor_msgs."""
+        return messages.deserialize(frame.data, self.image_type)
 
     def labels(self) -> Iterator[tuple[int, np.ndarray]]:
         """(stamp in ns, [H, W] uint8 class ids) of the ground truth; nothing where the bag has none."""
@@ -140,7 +144,7 @@ class Bag:
         for frame in self.frames():
             stamps.append(frame.stamp_ns)
             if not self.compressed:
-                message = messages.deserialize(frame.data, self.image_type)
+                message = self.message(frame)
                 sizes[frame.stamp_ns] = (int(message.height), int(message.width))
         if not stamps:
             raise BagError(f"{self.path} holds no message on {self.image_topic}; record some frames, or {MAKE_ONE}")

@@ -37,7 +37,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class ShownFrame:
-    """One frame: seconds since the first, why it is shown, and its views."""
+    """One frame: seconds of the recording since the first one, why it is shown, and its views."""
 
     time_s: float
     reason: str
@@ -80,13 +80,14 @@ def collect(
     labels = {stamp: label for stamp, label in bag.labels() if stamp in reasons}
     first: int | None = None
     found: dict[int, ShownFrame] = {}
-    for stamp, message in bag.image_messages():
-        first = stamp if first is None else first
+    for frame in bag.frames():
+        stamp = frame.stamp_ns
+        first = frame.time_ns if first is None else first
         mask = spool.get(stamp) if stamp in reasons else None
         if mask is None:
             continue
-        tiles = _tiles(decode(message), mask, labels.get(stamp), segmenter)
-        found[stamp] = ShownFrame((stamp - first) / 1e9, reasons[stamp], tiles)
+        tiles = _tiles(decode(bag.message(frame)), mask, labels.get(stamp), segmenter)
+        found[stamp] = ShownFrame((frame.time_ns - first) / 1e9, reasons[stamp], tiles)
     return [found[stamp] for stamp in reasons if stamp in found]
 
 
