@@ -25,7 +25,7 @@ from sparserefine_ros.datasets.base import Sample
 from sparserefine_ros.datasets.classes import CAMVID, CITYSCAPES
 from sparserefine_ros.errors import BagError, DatasetError, ParameterError, ResultError, SparseRefineError
 from sparserefine_ros.evaluation import bag_messages as messages
-from sparserefine_ros.evaluation import curves
+from sparserefine_ros.evaluation import curves, files
 from sparserefine_ros.evaluation.bag_writer import IMAGE_TOPIC, START_NS, BagWriter
 from sparserefine_ros.evaluation.bags import Bag
 from sparserefine_ros.evaluation.mask_spool import MaskSpool
@@ -158,6 +158,7 @@ def test_what_cannot_be_written_is_said_before_the_replay(
     monkeypatch.setattr(evaluation_session, "segment_bag", lambda *_: pytest.fail("replayed"))
     with pytest.raises(ResultError, match=r"cannot make the folder .*file"):
         offline(bag, tiny_bundle, **{option: tmp_path / "file" / "new"})
+    files.check(Path("/dev/null"))  # in a folder that only root may write to
     if option != "output":
         with pytest.raises(ResultError, match="it is a folder; give a file"):
             offline(bag, tiny_bundle, **{option: tmp_path})

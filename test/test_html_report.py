@@ -159,7 +159,13 @@ def test_a_bag_without_labels_says_what_cannot_be_known(tiny_bundle: Path, tmp_p
     bag = write_bag(tmp_path / "bag", labelled=False, clock=-1)
     result, text = run(tmp_path, tiny_bundle, bag, decoder="dense")
     assert result["curves"] is None and result["confusion"] is None and result["intervals"] is None
-    for words in ("no accuracy by class", "no confusion matrix", "no reliability diagram", "nothing refined"):
+    for words in (
+        "no accuracy by class",
+        "no confusion matrix",
+        "no reliability diagram",
+        "nothing refined",
+        "ms of a segmenter call",
+    ):
         assert words in text
     assert text.count("<svg") == 2  # timeline and histogram
     times = [

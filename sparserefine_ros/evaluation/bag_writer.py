@@ -81,7 +81,7 @@ class BagWriter:
     def __enter__(self) -> BagWriter:
         try:
             self._writer.open()
-        except (OSError, WriterError) as error:
+        except (OSError, WriterError, sqlite3.Error) as error:
             raise BagError(f"cannot write a bag to {self.path}: {error}; choose a folder you may write to") from error
         compressed = self.encoding in messages.COMPRESSED_ENCODINGS
         store = messages.typestore()

@@ -13,10 +13,11 @@ def check(file: Path) -> None:
 
     A replay takes as long as its bag: what is wrong with a name must be said before.
     """
-    check_folder(file.parent)
     if file.is_dir():
         raise ResultError(f"cannot write {file}: it is a folder; give a file")
-    if file.exists() and not os.access(file, os.W_OK):
+    if not file.exists():
+        check_folder(file.parent)
+    elif not os.access(file, os.W_OK):  # its folder need not be writable: /dev/stdout
         raise ResultError(f"cannot write {file}: it is write-protected; give a file you may write to")
 
 
