@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 from sparserefine_ros import __version__
 from sparserefine_ros.errors import SparseRefineError
+from sparserefine_ros.untrusted import printable
 
 COMMANDS = {
     "demo": "demo",
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with unwinding():
             return int(args.run(args))
     except SparseRefineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -220,13 +220,23 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "error: cannot make the folder" in capsys.readouterr().err
 
 
-def test_names_are_text_in_any_terminal(tmp_path: Path) -> None:
+def test_names_are_text_in_any_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Brackets are no markup, and what the terminal's encoding lacks ends nothing."""
-    run = {**result(0.2, 100.0, 5), "classes": {"names": ["[/b]road", "[red]straße"]}}
+    run = {**result(0.2, 100.0, 5), "device": "\x1b]0;title\x07", "classes": {"names": ["[/b]road", "[red]straße"]}}
     (tmp_path / "[i]a.json").write_text(json.dumps(run))
-    command = [sys.executable, "-m", "sparserefine_ros.cli", "compare", *["[i]a.json"] * 2, "--html", "[b].html"]
+    (tmp_path / "b.json").write_text(json.dumps({**run, "device": "cpu"}))
+    command = [sys.executable, "-m", "sparserefine_ros.cli", "compare", "[i]a.json", "b.json", "--html", "[b].html"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "200"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    for text in ("[/b]road", r"[red]stra\xdfe", r"\u2013", "a: [i]a.json, b: [i]a.json", "wrote [b].html"):
+    for text in (
+        "[/b]road",
+        r"[red]stra\xdfe",
+        r"\u2013",
+        "a: [i]a, b: b",
+        "wrote [b].html",
+        r"\x1b]0;title\x07 | cpu",
+    ):
         assert text in done.stdout
+    assert cli.main(["compare", str(tmp_path / "\x1b[2Jnone"), "b"]) == 2
+    assert r"\x1b[2Jnone" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from sparserefine_ros.evaluation import bootstrap, boundary, files, per_frame, provenance, replay_metrics
 from sparserefine_ros.evaluation.replay_metrics import ReplayLog, Score
+from sparserefine_ros.untrusted import printable
 
 LAG_MS = 50.0
 """A replay that is later than this, at worst, is remarked on."""
@@ -122,7 +123,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     if report["iou"] is not None:
         console.print(_classes(report))
     for line in remarks(report):
-        console.print(f"[yellow]note:[/] {escape(line)}", highlight=False)
+        console.print(f"[yellow]note:[/] {_text(line)}", highlight=False)
 
 
 def remarks(report: Mapping[str, Any]) -> list[str]:
@@ -167,7 +168,7 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
 
 
 def _summary(report: Mapping[str, Any]) -> Table:
-    title = escape(f"{report['model']} on {report['bag']['name']} ({report['mode']})")
+    title = _text(f"{report['model']} on {report['bag']['name']} ({report['mode']})")
     table = Table(title=title, show_header=False)
     table.add_column(style="bold")
     table.add_column()
@@ -196,7 +197,7 @@ def _timing(report: Mapping[str, Any]) -> Table:
     what = "frame to mask" if report["mode"] == "live" else "segmenter call"
     table.add_row(f"[bold]{what}[/]", *(_milli(report["latency_ms"][c]) for c in columns))
     for stage, values in report["stages_ms"].items():
-        table.add_row(escape(stage), *(_milli(values[c]) for c in columns))
+        table.add_row(_text(stage), *(_milli(values[c]) for c in columns))
     return table
 
 
@@ -205,8 +206,13 @@ def _classes(report: Mapping[str, Any]) -> Table:
     table.add_column("class")
     table.add_column("IoU", justify="right")
     for name, value in report["iou"].items():
-        table.add_row(escape(name), "-" if value is None else f"{100 * value:.2f}")
+        table.add_row(_text(name), "-" if value is None else f"{100 * value:.2f}")
     return table
+
+
+def _text(name: str) -> str:
+    """A name of somebody else's, neither markup nor an order to the terminal."""
+    return escape(printable(name))
 
 
 def _number(value: float) -> float | None:
