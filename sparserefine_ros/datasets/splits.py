@@ -24,7 +24,7 @@ Split = tuple[ClassList, list[Sample]]
 
 
 def load_split(dataset: Mapping[str, Any], split: str, root: Path | None) -> Split:
-    """Classes and samples of ``split``; DatasetError for an unknown kind or a missing root.
+    """Classes and samples of ``split``; DatasetError for an unknown kind, a description that lacks something, no root.
 
     Splits are "train", "val" and "refiner": frames that the dense segmenter never saw, where a data set has some to
     spare, so that the refiner meets the mistakes it will meet later; otherwise those of "train".
@@ -48,6 +48,8 @@ def _camvid(dataset: Mapping[str, Any], split: str, root: Path | None) -> Split:
 def _street(dataset: Mapping[str, Any], split: str, root: Path | None) -> Split:
     from sparserefine_ros.datasets.street import Street
 
+    if missing := [name for name in ("train_drives", "val_drives", "frames") if name not in dataset]:
+        raise DatasetError(f"dataset {dict(dataset)} lacks {', '.join(missing)}; a street needs the number of each")
     first, drives = {
         "train": (0, dataset["train_drives"]),
         "val": (STREET_VAL_SEED, dataset["val_drives"]),
