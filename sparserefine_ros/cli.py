@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from sparserefine_ros import __version__
 from sparserefine_ros.errors import SparseRefineError
+from sparserefine_ros.untrusted import printable
 
 COMMANDS = {
     "demo": "demo",
@@ -45,10 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
     args = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names and dashes that a terminal's encoding lacks end no command
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return int(args.run(args))
+        with unwinding():
+            return int(args.run(args))
     except SparseRefineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print(f"interrupted{f': {error}' if error.args else ''}", file=sys.stderr)
@@ -59,6 +67,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a folder that cannot be written, a disk that is full
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def unwinding() -> Iterator[None]:
+    """SIGTERM ends the program as Ctrl-C does: child processes are ended, half a bag is removed, status 143."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

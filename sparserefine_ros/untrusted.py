@@ -1,5 +1,5 @@
 """Small files that somebody else may have written: their size is known before they are read, and what they name stays
-beside them.
+beside them. Names in them are shown in terminals as text.
 """
 
 from __future__ import annotations
@@ -65,3 +65,8 @@ def beside(file: Path, name: Any) -> Path:
     if not path.is_file():  # nothing there, a folder, a device, a pipe that would never end
         raise FileNotFoundError(f"{path} is no file")
     return path
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters spelled out: a terminal would obey them, and hide or alter what it shows."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

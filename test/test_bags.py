@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import resource
+import sqlite3
 import struct
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,11 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rosbags.interfaces import QosDurability
 from rosbags.rosbag2 import Reader, StoragePlugin, Writer
 
 from sparserefine_ros.datasets.classes import CAMVID, CITYSCAPES, ClassList
 from sparserefine_ros.errors import BagError, FrameError
 from sparserefine_ros.evaluation import bag_messages as messages
+from sparserefine_ros.evaluation import bag_writer
 from sparserefine_ros.evaluation.bag_writer import FRAME_ID, IMAGE_TOPIC, LABEL_INFO_TOPIC, LABEL_TOPIC, BagWriter
 from sparserefine_ros.evaluation.bags import Bag
 from sparserefine_ros.evaluation.mask_spool import MaskSpool
@@ -59,6 +64,7 @@ def image(stamp: int = 1, height: int = H, width: int = W, value: int = 0, encod
 def test_values_stamps_and_order_survive(tmp_path: Path, storage: str, encoding: str) -> None:
     with Bag(write(tmp_path / "bag", storage, encoding)) as bag:
         assert bag.check(CAMVID) == STAMPS
+        assert bag.duration_s == (STAMPS[-1] - STAMPS[0]) / 1e9
         assert [(f.stamp_ns, f.time_ns) for f in bag.frames()] == [(s, s) for s in STAMPS]
         read = [(stamp, to_rgb(message)) for stamp, message in bag.image_messages()]
         labels = list(bag.labels())
@@ -136,6 +142,9 @@ def test_same_frames_give_the_same_hash(tmp_path: Path) -> None:
         with Bag(write(tmp_path / folder / "bag")) as bag:
             hashes.append(bag.sha256())
     assert hashes[0] == hashes[1] and len(hashes[0]) == 64
+    (tmp_path / "a" / "bag" / "node.log").write_text("of `evaluate --output`")
+    with Bag(tmp_path / "a" / "bag") as bag:
+        assert bag.sha256() == hashes[0]
 
 
 @pytest.mark.parametrize("dropped", [0, 3])
@@ -220,6 +229,61 @@ def test_repeated_stamps(tmp_path: Path) -> None:
     refused(custom(tmp_path / "bag", [("/a", messages.IMAGE, [image(0), image(0)])]), "stamp 0 ns", "header.stamp")
 
 
+def test_two_labels_of_one_image(tmp_path: Path) -> None:
+    labels = [image(value=value, encoding="mono8") for value in (0, 1)]
+    path = custom(tmp_path / "bag", [(IMAGE_TOPIC, messages.IMAGE, [image()]), (LABEL_TOPIC, messages.IMAGE, labels)])
+    refused(path, "stamp 1 ns", f"more than one message of {LABEL_TOPIC}")
+
+
+@pytest.mark.parametrize("file", ["", "bag.mcap"])
+def test_all_publishers_of_a_topic_are_read(tmp_path: Path, file: str) -> None:
+    """Some tools give each publisher a channel of its own."""
+    qos = [bag_writer._qos(QosDurability.VOLATILE, depth) for depth in (1, 2)]
+    with Writer(tmp_path / "bag", version=8, storage_plugin=StoragePlugin.MCAP) as writer:
+        channels = [
+            writer.add_connection(IMAGE_TOPIC, messages.IMAGE, typestore=messages.typestore(), offered_qos_profiles=[q])
+            for q in qos
+        ]
+        for stamp in range(1, 7):
+            writer.write(channels[stamp % 2], stamp, image(stamp))
+    with Bag(tmp_path / "bag" / file) as bag:
+        assert bag.check(CAMVID) == [1, 2, 3, 4, 5, 6]
+
+
+def test_messages_outside_of_the_database_are_not_forgotten(tmp_path: Path) -> None:
+    """A recorder that was killed leaves them in SQLite's write-ahead log, which rosbags does not read."""
+    path = write(tmp_path / "bag", "sqlite3")
+    file = path / "bag.db3"
+    with closing(sqlite3.connect(file)) as db:
+        db.execute("PRAGMA journal_mode=WAL")
+        topic = db.execute("SELECT id FROM topics WHERE name = ?", (IMAGE_TOPIC,)).fetchone()[0]
+        last = STAMPS[-1] + 1
+        db.execute("INSERT INTO messages(topic_id, timestamp, data) VALUES (?, ?, ?)", (topic, last, image(last)))
+        db.commit()
+        refused(path, "bag.db3-wal holds messages", "wal_checkpoint")
+        refused(file, "bag.db3-wal holds messages")
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    with Bag(path) as bag:
+        assert [f.stamp_ns for f in bag.frames()] == [*STAMPS, last]
+
+
+@pytest.mark.parametrize("name", ["a#b", "50%41", "what?"])
+def test_sqlite_paths_that_are_uris(tmp_path: Path, name: str) -> None:
+    with pytest.raises(BagError, match="as a URI"):
+        write(tmp_path / name, "sqlite3")
+    assert list(tmp_path.iterdir()) == []
+    refused(write(tmp_path / "bag", "sqlite3").rename(tmp_path / name), "read as a URI", "rename")
+
+
+@pytest.mark.parametrize("given", [".", "sub/.."])
+def test_a_bag_has_the_name_of_its_folder(tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "drive")
+    (path / "sub").mkdir()
+    monkeypatch.chdir(path)
+    with Bag(given) as bag:
+        assert bag.name == "drive"
+
+
 def labelled(tmp_path: Path, label: bytes) -> Path:
     return custom(tmp_path / "bag", [(IMAGE_TOPIC, messages.IMAGE, [image()]), (LABEL_TOPIC, messages.IMAGE, [label])])
 
@@ -246,6 +310,12 @@ def test_class_names_mismatch(tmp_path: Path) -> None:
     refused(write(tmp_path / "bag", classes=other), "class 1 is 'house' in the bag but 'building'", "--model")
 
 
+def test_classes_of_one_name(tmp_path: Path) -> None:
+    names = ("road", *CAMVID.names[1:3], "road", *CAMVID.names[4:])
+    with Bag(write(tmp_path / "bag")) as bag, pytest.raises(BagError, match="two classes named 'road'"):
+        bag.check(ClassList("twice", names, CAMVID.palette))
+
+
 def test_writer_keeps_what_lies_there(tmp_path: Path) -> None:
     write(tmp_path / "bag")
     with pytest.raises(BagError, match=r"already holds 2 files.*--force"):
@@ -269,6 +339,40 @@ def test_failed_recording_leaves_nothing(tmp_path: Path) -> None:
         writer.write(*frames()[0], 2)
         writer.write(*frames()[1], 2)
     assert not (tmp_path / "bag").exists()
+
+
+@contextmanager
+def full_disk(bytes_left: int) -> Iterator[None]:
+    """Files that end where a disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+def test_a_full_disk_leaves_no_half_bag(tmp_path: Path, storage: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    with (
+        full_disk(100_000),
+        pytest.raises(BagError, match="cannot write to the bag .*disk full"),
+        BagWriter(tmp_path / "bag", CAMVID, storage) as writer,
+    ):
+        for stamp in range(1, 400):
+            writer.write(pixels, None, stamp)
+    assert not (tmp_path / "bag").exists()
+
+
+def test_a_full_disk_ends_the_masks_with_a_remedy() -> None:
+    with (
+        full_disk(100_000),
+        pytest.raises(BagError, match=r"cannot keep the masks in .* of them.*TMPDIR"),
+        MaskSpool() as s,
+    ):
+        for stamp in range(100):
+            s.put_mask(stamp, np.zeros((64, 64), np.uint8))
 
 
 def test_writer_refuses_bad_arguments(tmp_path: Path) -> None:

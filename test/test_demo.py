@@ -14,7 +14,7 @@ import torch
 from sparserefine_ros.commands import demo
 from sparserefine_ros.commands.make_bag import open_source
 from sparserefine_ros.datasets.classes import CITYSCAPES
-from sparserefine_ros.errors import BundleError
+from sparserefine_ros.errors import BundleError, ParameterError
 from sparserefine_ros.evaluation.bag_writer import START_NS
 from sparserefine_ros.evaluation.bags import Bag
 from sparserefine_ros.networks.compact import CompactSegmenter
@@ -68,3 +68,14 @@ def test_demo_says_at_once_that_the_bundle_is_missing(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no bundle 'nowhere'"):
         run("--model", "nowhere", "--output", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [(["--rate", "-1"], "--rate is -1.0"), (["--frames", "0"], "--frames is 0")]
+)
+def test_bad_arguments_are_said_before_anything_is_made(tmp_path: Path, words: list[str], message: str) -> None:
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    with pytest.raises(ParameterError, match=message):
+        demo.run(parser.parse_args(["--output", str(tmp_path / "new"), *words]))
+    assert not (tmp_path / "new").exists()

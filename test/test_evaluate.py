@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,21 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from conftest import write_decoder_bundle
 from rich.console import Console
 from rosbags.rosbag2 import StoragePlugin, Writer
 
 from sparserefine_ros.commands import evaluate as evaluate_command
-from sparserefine_ros.commands import make_bag
+from sparserefine_ros.commands import evaluation_session, make_bag
 from sparserefine_ros.commands.evaluation_session import Options, evaluate, parameter_values
 from sparserefine_ros.datasets.base import Sample
 from sparserefine_ros.datasets.classes import CAMVID, CITYSCAPES
-from sparserefine_ros.errors import BagError, DatasetError, ParameterError, SparseRefineError
+from sparserefine_ros.errors import BagError, DatasetError, ParameterError, ResultError, SparseRefineError
 from sparserefine_ros.evaluation import bag_messages as messages
+from sparserefine_ros.evaluation import curves, files
 from sparserefine_ros.evaluation.bag_writer import IMAGE_TOPIC, START_NS, BagWriter
 from sparserefine_ros.evaluation.bags import Bag
+from sparserefine_ros.evaluation.mask_spool import MaskSpool
 from sparserefine_ros.evaluation.metrics import ConfusionMatrix
 from sparserefine_ros.segmenter.bundle import Bundle
 from sparserefine_ros.segmenter.segmenter import Segmenter
@@ -69,7 +74,7 @@ def broken_image(stamp: int) -> bytes:
     return messages.serialize(message, messages.IMAGE)
 
 
-def with_a_broken_frame(path: Path) -> Path:
+def with_a_broken_frame(path: Path, topic: str = IMAGE_TOPIC) -> Path:
     """Three frames, the second malformed, without ground truth."""
     first, last = samples(2)
     images = [
@@ -78,7 +83,7 @@ def with_a_broken_frame(path: Path) -> Path:
         messages.image_message(last.image, "rgb8", 3, ""),
     ]
     with Writer(path, version=8, storage_plugin=StoragePlugin.MCAP) as writer:
-        connection = writer.add_connection(IMAGE_TOPIC, messages.IMAGE, typestore=messages.typestore())
+        connection = writer.add_connection(topic, messages.IMAGE, typestore=messages.typestore())
         for i, data in enumerate(images):
             writer.write(connection, i, data)
     return path
@@ -132,8 +137,9 @@ def test_live_node_gives_the_same_numbers(bag: Path, tiny_bundle: Path, tmp_path
 
 def test_live_node_rejects_a_broken_frame_and_goes_on(tiny_bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("rclpy")
-    path = with_a_broken_frame(tmp_path / "bag")
+    path = with_a_broken_frame(tmp_path / "bag", "front camera/2024-05-01")  # no name to ROS, but to other recorders
     result = evaluate(Options(path, {"model": str(tiny_bundle), "device": "cpu"}, rate=0.0), quiet())
+    assert result["bag"]["image_topic"] == "front camera/2024-05-01"
     assert result["frames"] == {"sent": 3, "received": 3, "processed": 2, "dropped": 1}
     assert (result["node_counters"]["malformed"], result["timeouts"], result["miou"]) == (1, 0, None)
 
@@ -142,6 +148,71 @@ def test_offline_leaves_out_a_broken_frame(tiny_bundle: Path, tmp_path: Path) ->
     result = offline(with_a_broken_frame(tmp_path / "bag"), tiny_bundle)
     assert result["frames"] == {"sent": 3, "received": 3, "processed": 2, "dropped": 1}
     assert result["node_counters"]["malformed"] == 1 and result["miou"] is None and result["iou"] is None
+
+
+@pytest.mark.parametrize("option", ["json", "report", "output"])
+def test_what_cannot_be_written_is_said_before_the_replay(
+    option: str, bag: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(evaluation_session, "segment_bag", lambda *_: pytest.fail("replayed"))
+    with pytest.raises(ResultError, match=r"cannot make the folder .*file"):
+        offline(bag, tiny_bundle, **{option: tmp_path / "file" / "new"})
+    files.check(Path("/dev/null"))  # in a folder that only root may write to
+    if option != "output":
+        with pytest.raises(ResultError, match="it is a folder; give a file"):
+            offline(bag, tiny_bundle, **{option: tmp_path})
+
+
+@pytest.mark.parametrize(
+    ("decoder", "texts", "expected"),
+    [
+        ("superpixel", {}, "superpixel + sparserefine"),
+        ("superpixel", {"refine": "false"}, "superpixel"),
+        ("offseg", {"refine": "false"}, "offseg"),
+        ("per-pixel", {}, "sparserefine"),
+    ],
+)
+def test_the_decoder_is_named(bag: Path, tmp_path: Path, decoder: str, texts: dict[str, str], expected: str) -> None:
+    bundle = write_decoder_bundle(tmp_path / "bundle", decoder)
+    assert (
+        evaluate(Options(bag, {"model": str(bundle), "device": "cpu", **texts}, offline=True), quiet())["decoder"]
+        == expected
+    )
+
+
+def test_an_earlier_picture_is_no_picture_of_this_run(tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "evaluation.png").touch()
+    with Writer(tmp_path / "bag", version=8, storage_plugin=StoragePlugin.MCAP) as writer:
+        connection = writer.add_connection(IMAGE_TOPIC, messages.IMAGE, typestore=messages.typestore())
+        writer.write(connection, 1, broken_image(1))
+    assert offline(tmp_path / "bag", tiny_bundle, output=tmp_path)["frames"]["processed"] == 0
+    assert not (tmp_path / "evaluation.png").exists()
+
+
+def test_a_label_of_another_size_than_its_jpeg_is_said_before_the_replay(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = samples(1)[0]
+    with Writer(tmp_path / "bag", version=8, storage_plugin=StoragePlugin.MCAP) as writer:
+        kinds = {"/jpeg": messages.COMPRESSED, "/camera/label": messages.IMAGE}
+        topics = {t: writer.add_connection(t, kind, typestore=messages.typestore()) for t, kind in kinds.items()}
+        writer.write(topics["/jpeg"], 1, messages.compressed_message(sample.image, "jpeg", 1, ""))
+        assert sample.label is not None
+        writer.write(topics["/camera/label"], 1, messages.image_message(sample.label[::2, ::2], "mono8", 1, ""))
+    monkeypatch.setattr(evaluation_session, "segment_bag", lambda *_: pytest.fail("replayed"))
+    with pytest.raises(BagError, match="stamp 1 ns the image is 72x48 but its label 36x24"):
+        offline(tmp_path / "bag", tiny_bundle)
+
+
+def test_curves_hold_no_more_than_their_pixels(bag: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames of 72x48: six of them, or as many as fit, one at least."""
+    with Bag(bag) as opened, MaskSpool() as spool:
+        for stamp, label in opened.labels():
+            spool.put_mask(stamp, label)
+        for pixels, expected in ((6 * 72 * 48, 6), (3 * 72 * 48 + 1, 3), (1, 1)):
+            monkeypatch.setattr(curves, "PIXELS", pixels)
+            assert len(evaluation_session._labelled_samples(opened, spool)) == expected
 
 
 def test_node_that_cannot_start_is_quoted(tmp_path: Path) -> None:
@@ -154,6 +225,22 @@ def test_node_that_cannot_start_is_quoted(tmp_path: Path) -> None:
     ):
         while True:
             node.check()
+
+
+def test_sigterm_unwinds_as_ctrl_c_does() -> None:
+    """Else the node of a replay, in a session of its own, would go on for ever."""
+    code = """
+import os, signal
+from sparserefine_ros import cli
+with cli.unwinding():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    finally:
+        print("node stopped")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "node stopped\n")
 
 
 def test_class_mismatch_is_said_before_the_node_starts(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -196,6 +283,7 @@ def arguments(module: Any, *words: str) -> argparse.Namespace:
     [
         (("--rate", "-1"), "--rate is -1.0; give 0 (lossless) or a factor above 0"),
         (("--rate", "nan"), "--rate is nan"),
+        (("--rate", "inf"), "--rate is inf"),
         (("--answer-timeout", "0"), "--answer-timeout is 0.0"),
         (("--domain-id", "300"), "--domain-id is 300; give 0 to 101"),
         (("--save-masks",), "--save-masks needs --output DIR"),

@@ -89,6 +89,18 @@ def test_score_joins_by_stamp_and_leaves_out_frames_without_a_mask() -> None:
     assert score.matrix.miou() == pytest.approx((3 / 4 + 2 / 3) / 2)
 
 
+def test_labels_without_an_image_are_told_apart_from_frames_without_a_mask() -> None:
+    label = np.zeros((1, 1), np.uint8)
+    seen = log({1: 0.0, 2: 0.0}, {1: 1.0}, received=2)
+    score = replay_metrics.score([(1, label), (2, label), (7, label)], Masks({1: label, 7: label}), THREE, seen.sent)
+    assert (score.labelled, score.scored, score.without_image) == (2, 1, 1)
+    text = "\n".join(report.remarks(report.build(seen, score, FACTS)))
+    assert "1 of 2 labelled frames" in text and "1 labels are left out: no image has their stamp" in text
+    none = replay_metrics.score([(8, label)], Masks(), THREE, seen.sent)
+    text = "\n".join(report.remarks(report.build(seen, none, FACTS)))
+    assert "1 labels are left out" in text and "holds no message" not in text and "no mask" not in text
+
+
 def test_score_refuses_sizes_that_differ() -> None:
     with pytest.raises(BagError, match="stamp 1 ns the mask is 4x3 but its label 5x3"):
         replay_metrics.score([(1, np.zeros((3, 5), np.uint8))], Masks({1: np.zeros((3, 4), np.uint8)}), THREE)
@@ -151,6 +163,19 @@ def test_tables_show_the_numbers() -> None:
     text = console.export_text()
     assert "100.00 % over 1 frames" in text and "3 sent, 3 received, 3 processed, 0 dropped" in text
     assert "500.0" in text and "tiny on drive (live)" in text
+
+
+def test_brackets_in_names_are_text() -> None:
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    facts = {**FACTS, "model": "[/red]", "bag": {**FACTS["bag"], "name": "drive[/x] [red]"}}
+    classes = ClassList("odd", ("[/i]", "[b]road"), ((0, 0, 0), (1, 1, 1)))
+    label = np.ones((1, 1), np.uint8)
+    result = report.build(
+        log({1: 0.0}, {1: 0.5}), replay_metrics.score([(1, label)], Masks({1: label}), classes), facts
+    )
+    report.show(result, console)
+    text = console.export_text()
+    assert "[/red] on drive[/x] [red] (live)" in text and "predicted: [/i]" in text and "[b]road" in text
 
 
 def test_wrong_pixels_are_red_and_unlabelled_black() -> None:

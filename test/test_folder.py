@@ -39,6 +39,15 @@ def test_a_split_has_its_own_folder(root: Path) -> None:
     assert [Folder(root, "val")[0].name, Folder(root)[0].name] == ["c", "a"]
 
 
+def test_labels_are_found_by_any_ending_and_missed_by_no_name(root: Path) -> None:
+    label = root / "label" / "b.png"
+    label.rename(label.with_suffix(".PNG"))
+    assert Folder(root)[1].label is not None
+    label.with_suffix(".PNG").rename(root / "label" / "b_trainIds.png")
+    with pytest.raises(DatasetError, match=r"none of the 1 labels .* a\.png would need a\.png"):
+        Folder(root)
+
+
 def test_what_is_wrong_is_said(root: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="no .jpg.*in .*nowhere"):
         Folder(root / "nowhere")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,8 +20,18 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 
 from sparserefine_ros.commands.evaluation_session import Options, evaluate
 from sparserefine_ros.datasets.base import Sample
+from sparserefine_ros.datasets.classes import CAMVID
 from sparserefine_ros.evaluation import bag_messages as messages
-from sparserefine_ros.evaluation import html_report, page, per_frame, provenance, worst_frames
+from sparserefine_ros.evaluation import (
+    html_report,
+    page,
+    per_frame,
+    provenance,
+    replay_metrics,
+    report_charts,
+    svg,
+    worst_frames,
+)
 from sparserefine_ros.evaluation.bag_writer import LABEL_TOPIC, START_NS
 from sparserefine_ros.evaluation.calibration import density_recall
 from sparserefine_ros.evaluation.curves import measure
@@ -47,13 +58,15 @@ def samples() -> list[Sample]:
     return result
 
 
-def write_bag(path: Path, labelled: bool) -> Path:
+def write_bag(path: Path, labelled: bool, clock: int = 1) -> Path:
+    """``clock`` -1: that of the stamps runs backward."""
     with Writer(path, version=8, storage_plugin=StoragePlugin.MCAP) as writer:
         store = messages.typestore()
         images = writer.add_connection(TOPIC, messages.IMAGE, typestore=store)
         labels = writer.add_connection(LABEL_TOPIC, messages.IMAGE, typestore=store) if labelled else None
         for s in samples():
-            writer.write(images, s.stamp_ns, messages.image_message(s.image, "rgb8", s.stamp_ns, ""))
+            stamp = START_NS + clock * (s.stamp_ns - START_NS)
+            writer.write(images, s.stamp_ns, messages.image_message(s.image, "rgb8", stamp, ""))
             if labels is not None and s.label is not None:
                 writer.write(labels, s.stamp_ns, messages.image_message(s.label, "mono8", s.stamp_ns, ""))
     return path
@@ -143,12 +156,28 @@ def test_the_page_shows_the_results_numbers(evaluated: tuple[dict[str, Any], str
 
 
 def test_a_bag_without_labels_says_what_cannot_be_known(tiny_bundle: Path, tmp_path: Path) -> None:
-    result, text = run(tmp_path, tiny_bundle, write_bag(tmp_path / "bag", labelled=False), decoder="dense")
+    bag = write_bag(tmp_path / "bag", labelled=False, clock=-1)
+    result, text = run(tmp_path, tiny_bundle, bag, decoder="dense")
     assert result["curves"] is None and result["confusion"] is None and result["intervals"] is None
-    for words in ("no accuracy by class", "no confusion matrix", "no reliability diagram", "nothing refined"):
+    for words in (
+        "no accuracy by class",
+        "no confusion matrix",
+        "no reliability diagram",
+        "nothing refined",
+        "ms of a segmenter call",
+    ):
         assert words in text
     assert text.count("<svg") == 2  # timeline and histogram
-    assert text.count('class="frame"') == worst_frames.COUNT
+    times = [
+        float(t) for t in re.findall(r'class="frame"><h3>([-\d.]+) s', text)
+    ]  # of the recording, not of the stamps
+    assert sorted(times) == pytest.approx([0.4 * i for i in (0, 3, 5, 8, 10, 13)])
+
+
+def test_names_that_are_no_utf8(evaluated: tuple[dict[str, Any], str, Path], tmp_path: Path) -> None:
+    result = {**evaluated[0], "bag": {**evaluated[0]["bag"], "name": os.fsdecode(b"b\xff")}}
+    html_report.write(result, "spread", [], tmp_path / "r.html")
+    assert "b\\udcff" in (tmp_path / "r.html").read_text("utf-8")
 
 
 def test_no_mask_at_all_is_said(evaluated: tuple[dict[str, Any], str, Path]) -> None:
@@ -190,12 +219,29 @@ def test_curves_are_the_segmenters(tiny_bundle: Path) -> None:
         reliability_diagram(segmenter, [some[0]._replace(label=None)])
 
 
+def test_the_timeline_counts_no_time_twice() -> None:
+    """The node times parts of a live frame and sums of parts; the timeline may stack the parts alone."""
+    parts = {"transport": 0.0, "wait": 1.0, "decode": 2.0, "preprocess": 3.0, "dense": 20.0, "select": 1.0,
+             "refine": 9.0, "merge": 2.0, "publish": 2.0}  # fmt: skip
+    times = {**parts, "segment": 35.0, "total": 39.0, "latency": 40.0}
+    frames = {"sent_s": [0.0, 1.0], "latency_ms": [50.0, 50.0], "stages_ms": {k: [v, v] for k, v in times.items()}}
+    found = report_charts.latency_charts({"mode": "live", "per_frame": frames})
+    assert found is not None and found["stages"] == list(parts)
+    shapes = re.findall(r'class="(stage stage-\d)" d="(.*?)"', found["timeline"])
+    assert len({style for style, _ in shapes}) == len(shapes) == 9  # no colour stands for two
+    tops = [float(y) for _, path in shapes for y in re.findall(r"V([\d.]+)H", path)]
+    bottom, height = 300 - svg.BOTTOM, 300 - svg.BOTTOM - svg.TOP
+    assert (bottom - min(tops)) / height * 1.05 * 50.0 == pytest.approx(sum(parts.values()), abs=0.1)
+
+
 def test_worst_frames_are_apart() -> None:
     second = worst_frames.APART_NS
     badness = {0: 0.5, second // 2: 0.9, second: 0.4, 3 * second: 0.7, 4 * second: 0.1}
     assert worst_frames.spread(badness) == [second // 2, 3 * second, 4 * second]
     log = ReplayLog(answered={1: 0.0, 2 * second: 0.0}, density={1: 0.1, 2 * second: 0.3, 9 * second: 0.9})
     assert list(worst_frames.choose(log, None)[1]) == [2 * second, 1]
+    void = replay_metrics.score([(1, np.full((2, 2), 255, np.uint8))], {1: np.zeros((2, 2), np.uint8)}, CAMVID)
+    assert worst_frames.choose(log, void)[0] == "uncertain"  # a mask, a label, and not one labelled pixel
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 322.8), (-6.3, 6.3), (0, 1e-4), (3, 1e6)])
@@ -268,3 +314,18 @@ def test_in_a_real_browser(evaluated: tuple[dict[str, Any], str, Path], browser:
         browser.set_window_size(width, 800)
         assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     assert browser.get_log("browser") == []
+
+
+def test_on_paper(evaluated: tuple[dict[str, Any], str, Path], browser: Any) -> None:
+    """Nothing is cut off at the page's width, and colours are printed: the confusion matrix has white numbers."""
+    browser.get(evaluated[2].as_uri())
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    browser.set_window_size(720, 1000)  # A4 less its margins is 718 pixels wide
+    try:
+        tables = "[...document.querySelectorAll('.scroll')]"
+        wide = f"return {tables}.filter(s => s.firstElementChild.scrollWidth > s.clientWidth).length"
+        assert browser.execute_script(wide) == 0
+        style = "getComputedStyle(document.querySelector('.confusion td')).printColorAdjust"
+        assert browser.execute_script(f"return {style}") == "exact"
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})

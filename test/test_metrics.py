@@ -49,6 +49,12 @@ def test_absent_classes_and_unlabelled_predictions() -> None:
     assert matrix.miou() == pytest.approx(1 / 6) and matrix.accuracy() == pytest.approx(1 / 3)
 
 
+def test_classes_of_one_name_each_count_in_the_mean() -> None:
+    matrix = ConfusionMatrix(ClassList("twice", ("other", "road", "other"), ((0, 0, 0),) * 3))
+    matrix.update(np.array([[0, 1, 2, 2]], np.uint8), np.array([[0, 1, 1, 2]], np.uint8))
+    assert matrix.miou() == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)
+
+
 def test_ids_and_shapes_that_do_not_fit() -> None:
     matrix = ConfusionMatrix(CAMVID)
     with pytest.raises(ValueError, match="class id 18, but 'camvid' has 11"):

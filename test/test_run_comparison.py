@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparserefine_ros import cli
+from sparserefine_ros.commands import compare as compare_command
 from sparserefine_ros.datasets.classes import ClassList
 from sparserefine_ros.errors import ResultError
 from sparserefine_ros.evaluation import bootstrap, per_frame, run_comparison
@@ -87,10 +91,10 @@ def test_resamples_are_sums_over_drawn_frames() -> None:
 def test_quantiles_are_those_of_the_drawn_values() -> None:
     values = np.random.default_rng(0).permutation(np.arange(30.0))
     drawn = bootstrap.weights(30, resamples=120)
-    for q in (0.5, 0.95):
+    for q in (0.5, 0.95, 0.99):
         found = bootstrap.resampled_quantiles(values, drawn, q)
         for r in (0, 55, 119):
-            assert found[r] == np.percentile(np.repeat(values, drawn[r]), 100 * q, method="lower")
+            assert found[r] == pytest.approx(np.percentile(np.repeat(values, drawn[r]), 100 * q))
 
 
 def test_the_interval_covers_as_often_as_it_says() -> None:
@@ -153,6 +157,20 @@ def test_frames_are_joined_by_stamp() -> None:
     assert {row.difference.value for row in found.rows} == {0.0}
 
 
+def test_the_bags_topics_are_part_of_the_setting() -> None:
+    a, b = (
+        {**result(0.2, 50.0), "bag": {"name": "b", "sha256": "0" * 64, "image_topic": t}} for t in ("/left", "/right")
+    )
+    assert run_comparison.compare(a, b).settings == [("bag: image_topic", "/left", "/right")]
+
+
+def test_names_tell_the_runs_apart() -> None:
+    assert compare_command.short_names(Path("x/a.json"), Path("y/b.json")) == ("a", "b")
+    assert compare_command.short_names(Path("/x/q/r.json"), Path("/y/q/r.json")) == ("x/q/r", "y/q/r")
+    assert compare_command.short_names(Path("r.json"), Path("y/r.json")) == ("r", "y/r")
+    assert compare_command.short_names(Path("r.json"), Path("r.json")) == ("r.json", "r.json")
+
+
 def test_few_frames_have_no_interval() -> None:
     found = run_comparison.compare(result(0.2, 50.0, 5), result(0.1, 50.0, 5))
     assert all(np.isnan(row.difference.low) and row.verdict == "open" for row in found.rows)
@@ -198,3 +216,27 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "better" in capsys.readouterr().out
     assert cli.main(["compare", files[0], files[2]]) == 2
     assert "error: cannot read" in capsys.readouterr().err
+    assert cli.main(["compare", files[0], files[1], "--json", f"{files[0]}/c.json"]) == 2
+    assert "error: cannot make the folder" in capsys.readouterr().err
+
+
+def test_names_are_text_in_any_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets are no markup, and what the terminal's encoding lacks ends nothing."""
+    run = {**result(0.2, 100.0, 5), "device": "\x1b]0;title\x07", "classes": {"names": ["[/b]road", "[red]straße"]}}
+    (tmp_path / "[i]a.json").write_text(json.dumps(run))
+    (tmp_path / "b.json").write_text(json.dumps({**run, "device": "cpu"}))
+    command = [sys.executable, "-m", "sparserefine_ros.cli", "compare", "[i]a.json", "b.json", "--html", "[b].html"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "200"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    for text in (
+        "[/b]road",
+        r"[red]stra\xdfe",
+        r"\u2013",
+        "a: [i]a, b: b",
+        "wrote [b].html",
+        r"\x1b]0;title\x07 | cpu",
+    ):
+        assert text in done.stdout
+    assert cli.main(["compare", str(tmp_path / "\x1b[2Jnone"), "b"]) == 2
+    assert r"\x1b[2Jnone" in capsys.readouterr().err

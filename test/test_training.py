@@ -442,6 +442,8 @@ def test_camvid_reader_says_what_is_wrong(camvid: Path) -> None:
         CamVid(camvid, "val")
     with pytest.raises(DatasetError, match="'ade'.*camvid, street"):
         load_split({"kind": "ade"}, "train", None)
+    with pytest.raises(DatasetError, match="street has train_drives 0; give a whole number from 1 on"):
+        load_split({"kind": "street"}, "train", None)
     with pytest.raises(DatasetError, match="--data"):
         load_split({"kind": "camvid"}, "train", None)
 

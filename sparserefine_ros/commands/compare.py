@@ -22,17 +22,26 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from sparserefine_ros.evaluation import comparison_page, run_comparison
+    from sparserefine_ros.evaluation import comparison_page, files, run_comparison
 
     comparison = run_comparison.compare(run_comparison.load(args.a), run_comparison.load(args.b))
-    names = (args.a.stem, args.b.stem)
+    names = short_names(args.a, args.b)
     console = Console()
     comparison_page.show(comparison, names, console)
     if args.html:
         comparison_page.write(comparison, names, args.html)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(run_comparison.as_data(comparison), indent=1, allow_nan=False) + "\n")
+        files.write_text(args.json, json.dumps(run_comparison.as_data(comparison), indent=1, allow_nan=False) + "\n")
     for path in filter(None, (args.html, args.json)):
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def short_names(a: Path, b: Path) -> tuple[str, str]:
+    """The shortest ends of both paths, without suffix, that tell them apart: before/results and after/results."""
+    parts = [path.with_suffix("").parts for path in (a, b)]
+    for count in range(1, max(map(len, parts)) + 1):
+        first, second = (str(Path(*p[-count:])) for p in parts)
+        if first != second:
+            return first, second
+    return a.name, b.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from sparserefine_ros.commands.arguments import add_size
@@ -44,9 +45,14 @@ def run(args: argparse.Namespace) -> int:
 
     from sparserefine_ros.commands import make_bag
     from sparserefine_ros.commands.evaluation_session import Options, evaluate, parameter_values
+    from sparserefine_ros.errors import ParameterError
     from sparserefine_ros.evaluation import report
     from sparserefine_ros.node.model import load_segmenter
 
+    if args.frames < 1:
+        raise ParameterError(f"--frames is {args.frames}; give 1 or more")
+    if not 0 <= args.rate < math.inf:
+        raise ParameterError(f"--rate is {args.rate}; give 0 (lossless) or a factor above 0")
     console = Console(highlight=False)
     start = time.monotonic()
     bag = args.output / "bag"
@@ -77,5 +83,5 @@ def run(args: argparse.Namespace) -> int:
         ("results.json", "the numbers"),
         ("bag", "the recording; play it with `ros2 bag play`"),
     ):
-        console.print(f"  {args.output / name}: {what}", soft_wrap=True)
+        console.print(f"  {args.output / name}: {what}", markup=False, soft_wrap=True)
     return 0 if result["frames"]["processed"] else 1

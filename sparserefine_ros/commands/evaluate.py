@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     report.show(result, console)
     for path in (args.report and html_file(args.report), args.json, args.output and args.output / "evaluation.png"):
         if path and path.exists():
-            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+            console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
     return 0 if result["frames"]["processed"] else 1
 
 
@@ -80,7 +81,7 @@ def options(args: argparse.Namespace) -> Options:
     from sparserefine_ros.commands.evaluation_session import Options
     from sparserefine_ros.errors import ParameterError
 
-    if not args.rate >= 0:
+    if not 0 <= args.rate < math.inf:
         raise ParameterError(f"--rate is {args.rate}; give 0 (lossless) or a factor above 0")
     if not args.answer_timeout > 0:
         raise ParameterError(f"--answer-timeout is {args.answer_timeout}; give seconds above 0")

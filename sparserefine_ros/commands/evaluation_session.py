@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sparserefine_ros.commands.evaluate import SEGMENTER_PARAMETERS
 from sparserefine_ros.datasets.base import Sample
-from sparserefine_ros.errors import ParameterError, SparseRefineError
-from sparserefine_ros.evaluation import curves, gallery, html_report, replay_metrics, report, worst_frames
+from sparserefine_ros.errors import BagError, FrameError, ParameterError, SparseRefineError
+from sparserefine_ros.evaluation import curves, files, gallery, html_report, replay_metrics, report, worst_frames
+from sparserefine_ros.evaluation.bag_writer import COMPRESSED_TOPIC, IMAGE_TOPIC
 from sparserefine_ros.evaluation.bags import Bag
 from sparserefine_ros.evaluation.mask_spool import MaskSpool
 from sparserefine_ros.evaluation.offline import segment_bag, selected_pixels
@@ -47,13 +49,20 @@ class Options:
 def evaluate(options: Options, console: Console) -> dict[str, Any]:
     """Replays, measures, writes the files that ``options`` names, and returns the report (`report.build`).
 
-    Raises BundleError, BagError, ParameterError or NodeError, each before the replay where it can be known.
+    Raises BundleError, BagError, ParameterError, ResultError or NodeError, each before the replay where it can be
+    known.
     """
+    for file in filter(None, (options.report, options.json)):
+        files.check(file)
+    if options.output:
+        files.check_folder(options.output)
     values = parameter_values(options.parameters)
     segmenter = load_segmenter(values)  # also for a live replay: what the node would refuse is said at once
     bundle = segmenter.bundle
     with Bag(options.bag, options.image_topic, options.label_topic) as bag, MaskSpool() as spool:
         stamps = bag.check(bundle.classes)
+        if bag.compressed:
+            _check_first_size(bag)
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -73,17 +82,18 @@ def evaluate(options: Options, console: Console) -> dict[str, Any]:
                 log = segment_bag(bag, segmenter, to_rgb, spool, advance)
             else:
                 log, facts = _replay(options, values, bag, spool, advance)
-        score = replay_metrics.score(bag.labels(), spool, bundle.classes) if bag.label_topic else None
+        score = replay_metrics.score(bag.labels(), spool, bundle.classes, log.sent) if bag.label_topic else None
         facts |= _facts(values, segmenter, bag)
         result = report.build(log, score, facts)
         result["curves"] = None
         if options.report:
             result["curves"] = curves.measure(segmenter, _labelled_samples(bag, spool))
+        if options.json:  # the numbers first: the page takes longest
+            report.write_json(result, options.json)
+        if options.report:
             choice, reasons = worst_frames.choose(log, score)
             shown = worst_frames.collect(bag, spool, segmenter, to_rgb, reasons)
             html_report.write(result, choice, shown, options.report)
-        if options.json:
-            report.write_json(result, options.json)
         if options.output:
             _draw(options, bag, segmenter, spool, result)
     return result
@@ -127,16 +137,17 @@ def _replay(
     environment = transport_environment()
     log_path = None
     if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
         log_path = options.output / "node.log"
-    remapping = {("image/compressed" if bag.compressed else "image"): bag.image_topic}
+    # Ours, whatever the bag's is called: other tools' names may be none to ROS, or those of the node's own outputs.
+    topic = COMPRESSED_TOPIC if bag.compressed else IMAGE_TOPIC
+    remapping = {("image/compressed" if bag.compressed else "image"): topic}
     parameters = {name: values[name] for name in SEGMENTER_PARAMETERS}
     # Reliable: what is lost shall be lost by the node under test, by its choice, and not by the transport.
     parameters |= {"qos_reliability": "reliable", "image_transport": "compressed" if bag.compressed else "raw"}
     node_environment = {**environment, "ROS_DOMAIN_ID": str(domain_id)}
     with (
         NodeProcess(parameters, remapping, node_environment, log_path) as node,
-        Replayer(domain_id, environment, bag.image_topic, bag.compressed, spool.put) as replayer,
+        Replayer(domain_id, environment, topic, bag.compressed, spool.put) as replayer,
     ):
         replayer.ready(node.check)
         log = replayer.play(bag.frames(), options.rate, options.answer_timeout_s, node.check, advance)
@@ -153,7 +164,7 @@ def _facts(values: Mapping[str, Value], segmenter: Segmenter, bag: Bag) -> dict[
     bundle = segmenter.bundle
     return {
         "model": bundle.name,
-        "decoder": "sparserefine" if segmenter.refines else "dense",
+        "decoder": _decoder(segmenter),
         "entropy_threshold": segmenter.entropy_threshold,
         "scale": segmenter.scale,
         "device": str(segmenter.device),
@@ -167,7 +178,7 @@ def _facts(values: Mapping[str, Value], segmenter: Segmenter, bag: Bag) -> dict[
         },
         "classes": asdict(bundle.classes),
         "bag": {
-            "name": bag.path.name,
+            "name": bag.name,
             "sha256": bag.sha256(),
             "duration_s": bag.duration_s,
             "image_topic": bag.image_topic,
@@ -177,10 +188,36 @@ def _facts(values: Mapping[str, Value], segmenter: Segmenter, bag: Bag) -> dict[
     }
 
 
+def _check_first_size(bag: Bag) -> None:
+    """BagError where the first labelled image and its label differ in size, which `Bag.check` cannot see of JPEG."""
+    stamp, label = next(bag.labels(), (None, None))
+    if stamp is None or label is None:
+        return
+    message = next((m for s, m in bag.image_messages() if s == stamp), None)
+    with suppress(FrameError):  # costs that frame only
+        size = label.shape if message is None else to_rgb(message).shape[:2]
+        if size != label.shape:
+            raise BagError(
+                f"{bag.path}: at stamp {stamp} ns the image is {size[1]}x{size[0]} but its label "
+                f"{label.shape[1]}x{label.shape[0]}; record both at the same size"
+            )
+
+
+def _decoder(segmenter: Segmenter) -> str:
+    """What gave the masks: dense, superpixel or offseg, and over it the refiner where one ran."""
+    bundle = segmenter.bundle
+    parts: list[str] = [kind for kind in ("superpixel", "offseg") if kind in bundle.decoders]
+    if segmenter.refines and bundle.refiner is not None:
+        parts.append(bundle.refiner.network)
+    return " + ".join(parts) or "dense"
+
+
 def _labelled_samples(bag: Bag, spool: MaskSpool) -> list[Sample]:
     """Frames with ground truth and a mask, evenly spaced over the drive, for `curves.measure`."""
     have_masks = set(spool.stamps())
-    chosen = set(replay_metrics.evenly_spaced([s for s, _ in bag.labels() if s in have_masks], curves.FRAMES))
+    sizes = {stamp: label.size for stamp, label in bag.labels() if stamp in have_masks}
+    count = min(curves.FRAMES, max(1, curves.PIXELS // max(sizes.values(), default=1)))
+    chosen = set(replay_metrics.evenly_spaced(list(sizes), count))
     labels = {stamp: label for stamp, label in bag.labels() if stamp in chosen}
     return [Sample(to_rgb(m), labels[s], str(s), s) for s, m in bag.image_messages() if s in labels]
 
@@ -191,10 +228,12 @@ def _draw(options: Options, bag: Bag, segmenter: Segmenter, spool: MaskSpool, re
     if options.save_masks:
         gallery.save_masks(spool, classes, options.output / "masks")
     stamps = replay_metrics.evenly_spaced(spool.stamps(), PICTURE_FRAMES)
+    picture = options.output / "evaluation.png"
     if not stamps:
+        picture.unlink(missing_ok=True)  # an earlier evaluation's would pass for this one's
         return
     selected = selected_pixels(bag, segmenter, to_rgb, stamps) if segmenter.refines else {}
-    title = f"{segmenter.bundle.name} on {bag.path.name}, {len(spool)} masks"
+    title = f"{segmenter.bundle.name} on {bag.name}, {len(spool)} masks"
     for name, value in (("mIoU", result["miou"]), ("density", result["density"] if segmenter.refines else None)):
         title += "" if value is None else f", {name} {100 * value:.2f} %"
-    gallery.draw_evaluation(bag, spool, classes, to_rgb, stamps, selected, options.output / "evaluation.png", title)
+    gallery.draw_evaluation(bag, spool, classes, to_rgb, stamps, selected, picture, title)

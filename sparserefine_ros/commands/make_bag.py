@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Writes the bag; raises SparseRefineError for arguments or frames that cannot be used."""
     from rich.console import Console
+    from rich.markup import escape
 
     from sparserefine_ros.errors import ParameterError
 
@@ -61,8 +62,9 @@ def run(args: argparse.Namespace) -> int:
     count = write_bag(
         source, args.out, args.frames, args.size, args.rate, args.storage, args.encoding, args.force, console
     )
-    console.print(f"[bold]{args.out}[/]: {count} frames, {len(source.classes)} classes ({source.classes.name})")
-    console.print(f"next: sparserefine evaluate {args.out}", highlight=False)
+    kinds = f"{len(source.classes)} classes ({source.classes.name})"
+    console.print(f"[bold]{escape(str(args.out))}[/]: {count} frames, {escape(kinds)}")
+    console.print(f"next: sparserefine evaluate {args.out}", highlight=False, markup=False)
     return 0
 
 

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         module = importlib.import_module(f"sparserefine_ros.studies.{name}")
         setting = Setting(bundle, val, args.data, args.runs, device, args.epochs, command(name, args))
         file = write(module.study(setting), setting, out)
-        print(file.read_text())
+        print(file.read_text("utf-8"))
         print(f"wrote {file}")
     return 0
 

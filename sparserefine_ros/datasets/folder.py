@@ -24,7 +24,7 @@ class Folder:
     """The pictures of a folder in the order of their names.
 
     Raises DatasetError for a missing folder or classes file, an undecodable picture, a label of another size or with an
-    id that is no class.
+    id that is no class, or labels of which none has the name of a frame.
     """
 
     def __init__(self, root: str | Path, split: str = "", fps: float = 10.0) -> None:
@@ -34,6 +34,13 @@ class Folder:
         self.images = sorted(path for path in found if path.suffix.lower() in PICTURES)
         if not self.images:
             raise DatasetError(f"no {', '.join(PICTURES)} files in {folder / 'image'}; put the frames there")
+        there = (folder / "label").iterdir() if (folder / "label").is_dir() else ()
+        self._labels = {path.stem: path for path in there if path.suffix.lower() == ".png"}
+        if self._labels and not any(image.stem in self._labels for image in self.images):
+            raise DatasetError(
+                f"none of the {len(self._labels)} labels in {folder / 'label'} has the name of a frame: "
+                f"{self.images[0].name} would need {self.images[0].stem}.png"
+            )
         self.classes = read_classes(root / "classes.yaml")
         self.fps = fps
 
@@ -49,8 +56,8 @@ class Folder:
         return Sample(np.ascontiguousarray(image[..., ::-1]), label, file.stem, round(index * 1e9 / self.fps))
 
     def _label(self, image: Path, size: tuple[int, int]) -> np.ndarray | None:
-        file = image.parents[1] / "label" / f"{image.stem}.png"
-        if not file.is_file():
+        file = self._labels.get(image.stem)
+        if file is None:
             return None
         label = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
         if label is None or label.shape != size or label.dtype != np.uint8:

@@ -24,7 +24,7 @@ Split = tuple[ClassList, list[Sample]]
 
 
 def load_split(dataset: Mapping[str, Any], split: str, root: Path | None) -> Split:
-    """Classes and samples of ``split``; DatasetError for an unknown kind or a missing root.
+    """Classes and samples of ``split``; DatasetError for an unknown kind, a description that lacks something, no root.
 
     Splits are "train", "val" and "refiner": frames that the dense segmenter never saw, where a data set has some to
     spare, so that the refiner meets the mistakes it will meet later; otherwise those of "train".

@@ -10,7 +10,7 @@ import contextlib
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -62,8 +62,16 @@ def _listed_files(path: Path) -> tuple[list[Path], bool, bool]:
 
 def check_tables(file: Path) -> None:
     """ValueError where a SQLite file holds views, triggers, virtual tables or computed columns: its queries could run
-    for ever, which those of plain tables cannot.
+    for ever, which those of plain tables cannot. Likewise where its reader would open another file, or miss messages.
     """
+    if set(str(file)) & set("?#%"):
+        raise ValueError(f"path {str(file)!r:.200} would be read as a URI, for its ?, # or %; rename the folder")
+    log = file.with_name(f"{file.name}-wal")
+    if log.is_file() and log.stat().st_size:
+        raise ValueError(
+            f"{log.name} holds messages that {file.name} does not have yet: the recording goes on, or was cut short; "
+            f"fold them in with `sqlite3 {file.name} 'PRAGMA wal_checkpoint(TRUNCATE)'`"
+        )
     try:
         with contextlib.closing(sqlite3.connect(f"file:{file.resolve().as_uri()[7:]}?immutable=1", uri=True)) as db:
             rows = db.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
@@ -95,14 +103,14 @@ def open_reader(path: Path) -> Any:
     return reader
 
 
-def messages(reader: Any, connection: Any) -> Iterator[tuple[int, bytes]]:
-    """(time in ns, CDR bytes) of the messages of one connection."""
+def messages(reader: Any, connections: Sequence[Any]) -> Iterator[tuple[int, bytes]]:
+    """(time in ns, CDR bytes) of the messages of ``connections``."""
     storage = reader.storage
     each = storage.metadata.compression_mode == "message"
     if each:  # rosbags' own decompression of single messages has no bound, so it is left out
         storage.metadata = storage.metadata._replace(compression_mode=None)
     try:
-        for _, time_ns, data in reader.messages([connection]):
+        for _, time_ns, data in reader.messages(connections):
             yield time_ns, expand_zstd(data, MAX_MESSAGE) if each else bytes(data)
     finally:
         if each and reader.is_open:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
+from rosbags.interfaces import Connection, Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
 from rosbags.rosbag2 import StoragePlugin, Writer, WriterError
 
 from sparserefine_ros.datasets.classes import ClassList
@@ -64,6 +67,8 @@ class BagWriter:
             raise BagError(f"unknown bag storage {storage!r}; choose one of {', '.join(STORAGES)}")
         if encoding not in ENCODINGS:
             raise BagError(f"unknown image encoding {encoding!r}; choose one of {', '.join(ENCODINGS)}")
+        if storage == "sqlite3" and set(str(self.path)) & set("?#%"):
+            raise BagError(f"SQLite would read {self.path} as a URI, for its ?, # or %; give another path, or use mcap")
         _make_room(self.path, force)
         # Version 8 is read by jazzy and by everything after it.
         self._writer = Writer(self.path, version=8, storage_plugin=STORAGES[storage])
@@ -76,7 +81,7 @@ class BagWriter:
     def __enter__(self) -> BagWriter:
         try:
             self._writer.open()
-        except (OSError, WriterError) as error:
+        except (OSError, WriterError, sqlite3.Error) as error:
             raise BagError(f"cannot write a bag to {self.path}: {error}; choose a folder you may write to") from error
         compressed = self.encoding in messages.COMPRESSED_ENCODINGS
         store = messages.typestore()
@@ -108,16 +113,27 @@ class BagWriter:
                 f"the image is {_size(image)} but its label {_size(label)}; both must have the same height and width"
             )
         if self._last_stamp is None:
-            self._writer.write(self._label_info, stamp_ns, self._label_info_message(stamp_ns))
+            self._store(self._label_info, stamp_ns, self._label_info_message(stamp_ns))
         self._last_stamp = stamp_ns
         if self.encoding in messages.COMPRESSED_ENCODINGS:
             data = messages.compressed_message(image, self.encoding, stamp_ns, FRAME_ID)
         else:
             pixels = image[..., ::-1] if self.encoding == "bgr8" else image
             data = messages.image_message(pixels, self.encoding, stamp_ns, FRAME_ID)
-        self._writer.write(self._images, stamp_ns, data)
+        self._store(self._images, stamp_ns, data)
         if label is not None:
-            self._writer.write(self._labels, stamp_ns, messages.image_message(label, "mono8", stamp_ns, FRAME_ID))
+            self._store(self._labels, stamp_ns, messages.image_message(label, "mono8", stamp_ns, FRAME_ID))
+
+    def _store(self, connection: Connection, stamp_ns: int, data: bytes) -> None:
+        with self._storing():
+            self._writer.write(connection, stamp_ns, data)
+
+    @contextmanager
+    def _storing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            raise BagError(f"cannot write to the bag {self.path}: {error}; is the disk full?") from error
 
     def _label_info_message(self, stamp_ns: int) -> bytes:
         types = messages.typestore().types
@@ -134,9 +150,14 @@ class BagWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._writer.__exit__(kind, error, trace)
-        if kind is not None:
-            shutil.rmtree(self.path, ignore_errors=True)
+        done = False
+        try:
+            with self._storing() if kind is None else suppress(Exception):  # the first error says more
+                self._writer.__exit__(kind, error, trace)
+                done = kind is None
+        finally:
+            if not done:
+                shutil.rmtree(self.path, ignore_errors=True)
 
 
 def _size(array: np.ndarray) -> str:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +31,8 @@ from sparserefine_ros.evaluation.bag_writer import (
     LABEL_TOPIC,
 )
 
+STORED = (".mcap", ".db3", ".zstd")
+"""Endings of the files that hold a bag's messages."""
 MAKE_ONE = "make one with `sparserefine make-bag`"
 
 
@@ -55,13 +58,14 @@ class Bag:
         if self.path.is_dir() and not (self.path / "metadata.yaml").is_file():
             raise BagError(
                 f"{self.path} has no metadata.yaml: the recording was cut short, or it is no bag; "
-                f"run `ros2 bag reindex` on it, name its .mcap file, or {MAKE_ONE}"
+                f"run `ros2 bag reindex` on it, name its .mcap file (truncated, it needs `mcap recover`), or {MAKE_ONE}"
             )
         with self._reading():
             self._reader = bag_limits.open_reader(self.path)
         try:
             self._choose_topics(image_topic, label_topic)
-            self.duration_s: float = self._reader.duration / 1e9
+            # to rosbags the end is one nanosecond after the last message
+            self.duration_s: float = max(0, self._reader.duration - 1) / 1e9
             self.classes: ClassList | None = self._read_classes()
         except BaseException:
             self.close()
@@ -80,49 +84,59 @@ class Bag:
         self._reader.close()
 
     @property
+    def name(self) -> str:
+        """Of the folder or file, also where it was given as "." or ".."."""
+        return os.path.basename(os.path.abspath(self.path))
+
+    @property
     def compressed(self) -> bool:
         """Whether the images are sensor_msgs/CompressedImage."""
-        return self._image.msgtype == messages.COMPRESSED
+        return self._images[0].msgtype == messages.COMPRESSED
 
     @property
     def image_topic(self) -> str:
         """Name of the topic that is replayed."""
-        return self._image.topic
+        return self._images[0].topic
 
     @property
     def image_type(self) -> str:
         """Message type of the images, as in ``sensor_msgs/msg/Image``."""
-        return self._image.msgtype
+        return self._images[0].msgtype
 
     @property
     def label_topic(self) -> str | None:
         """Name of the ground-truth topic, None where the bag has none."""
-        return self._label.topic if self._label else None
+        return self._labels[0].topic if self._labels else None
 
     def frames(self) -> Iterator[RawFrame]:
         """The image messages in the order of their recording."""
-        for time_ns, data in self._messages(self._image):
+        for time_ns, data in self._messages(self._images):
             yield RawFrame(messages.stamp_ns(data), time_ns, data)
 
     def image_messages(self) -> Iterator[tuple[int, Any]]:
         """(stamp in ns, deserialised message) of every image, fields as in sensor_msgs."""
         for frame in self.frames():
-            yield frame.stamp_ns, messages.deserialize(frame.data, self._image.msgtype)
+            yield frame.stamp_ns, self.message(frame)
+
+    def message(self, frame: RawFrame) -> Any:
+        """The deserialised message of a frame, fields as in sensor_msgs."""
+        return messages.deserialize(frame.data, self.image_type)
 
     def labels(self) -> Iterator[tuple[int, np.ndarray]]:
         """(stamp in ns, [H, W] uint8 class ids) of the ground truth; nothing where the bag has none."""
-        if self._label is None:
-            return
-        for _, data in self._messages(self._label):
-            message = messages.deserialize(data, self._label.msgtype)
-            yield messages.stamp_ns(data), messages.label_array(message, self._label.topic)
+        for _, data in self._messages(self._labels) if self._labels else ():
+            message = messages.deserialize(data, messages.IMAGE)
+            yield messages.stamp_ns(data), messages.label_array(message, self._labels[0].topic)
 
     def check(self, classes: ClassList) -> list[int]:
         """Reads the bag once from end to end; returns the images' stamps in ns, in order.
 
-        Raises BagError where an evaluation against ``classes`` (the bundle's) would fail or mean nothing: a class list
-        other than the bundle's, an id the bundle does not have, sizes that differ, stamps that repeat, no images.
+        Raises BagError where an evaluation against ``classes`` (the bundle's) would fail or mean nothing: two classes
+        of one name, a class list other than the bundle's, an id it does not have, sizes that differ, stamps that
+        repeat, no images.
         """
+        if same := [name for name, count in Counter(classes.names).items() if count > 1]:
+            raise BagError(f"the bundle has two classes named {same[0]!r}, and results go by name; rename one")
         if self.classes is not None:
             _check_same_classes(self.path, self.classes, classes)
         stamps: list[int] = []
@@ -130,7 +144,7 @@ class Bag:
         for frame in self.frames():
             stamps.append(frame.stamp_ns)
             if not self.compressed:
-                message = messages.deserialize(frame.data, self._image.msgtype)
+                message = self.message(frame)
                 sizes[frame.stamp_ns] = (int(message.height), int(message.width))
         if not stamps:
             raise BagError(f"{self.path} holds no message on {self.image_topic}; record some frames, or {MAKE_ONE}")
@@ -140,7 +154,14 @@ class Bag:
                 f"{self.path}: stamp {twice} ns is on more than one message of {self.image_topic}, so masks cannot "
                 "be told apart; record with a driver that fills header.stamp"
             )
+        labelled: set[int] = set()
         for stamp, label in self.labels():
+            if stamp in labelled:
+                raise BagError(
+                    f"{self.path}: stamp {stamp} ns is on more than one message of {self.label_topic}, so nobody can "
+                    "tell which is the ground truth; record each label once, with the header.stamp of its image"
+                )
+            labelled.add(stamp)
             size = sizes.get(stamp)
             if size is not None and size != label.shape:
                 raise BagError(
@@ -157,8 +178,11 @@ class Bag:
         return stamps
 
     def sha256(self) -> str:
-        """Hash over the files of the bag, by name: the same bag gives the same hash anywhere."""
-        files = sorted(f for f in self.path.iterdir() if f.is_file()) if self.path.is_dir() else [self.path]
+        """Hash over the files of the bag, by name: the same bag gives the same hash anywhere, beside whatever files."""
+        files = [self.path]
+        if self.path.is_dir():
+            names = (f for f in self.path.iterdir() if f.name == "metadata.yaml" or f.suffix in STORED)
+            files = sorted(f for f in names if f.is_file())
         total = hashlib.sha256()
         for file in files:
             with file.open("rb") as stream:
@@ -166,9 +190,9 @@ class Bag:
                     total.update(block)
         return total.hexdigest()
 
-    def _messages(self, connection: Connection) -> Iterator[tuple[int, bytes]]:
+    def _messages(self, connections: Sequence[Connection]) -> Iterator[tuple[int, bytes]]:
         with self._reading():
-            yield from bag_limits.messages(self._reader, connection)
+            yield from bag_limits.messages(self._reader, connections)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -184,27 +208,30 @@ class Bag:
             ) from error
 
     def _choose_topics(self, image_topic: str | None, label_topic: str | None) -> None:
-        connections = {c.topic: c for c in self._reader.connections}
-        images = {t: c for t, c in connections.items() if c.msgtype in (messages.IMAGE, messages.COMPRESSED)}
-        if not connections:
+        topics: dict[str, list[Connection]] = {}  # a topic has a connection for each of its publishers, in some tools
+        for connection in self._reader.connections:
+            topics.setdefault(connection.topic, []).append(connection)
+        images = {t: c for t, c in topics.items() if c[0].msgtype in (messages.IMAGE, messages.COMPRESSED)}
+        if not topics:
             raise BagError(f"{self.path} is an empty bag: it has no topics; record some frames, or {MAKE_ONE}")
         wanted_label = label_topic or LABEL_TOPIC
-        self._label: Connection | None = images.get(wanted_label)
-        if label_topic is not None and self._label is None:
+        self._labels: list[Connection] = images.get(wanted_label, [])
+        if label_topic is not None and not self._labels:
             raise BagError(_no_topic(self.path, "label topic", label_topic, images))
-        if self._label is not None and self._label.msgtype != messages.IMAGE:
-            raise BagError(
-                f"{self.path}: {wanted_label} is a {self._label.msgtype}; ground truth must be a {messages.IMAGE} "
-                "(mono8), since lossy compression alters class ids"
-            )
-        candidates = {t: c for t, c in images.items() if c is not self._label}
+        for connection in self._labels:
+            if connection.msgtype != messages.IMAGE:
+                raise BagError(
+                    f"{self.path}: {wanted_label} is a {connection.msgtype}; ground truth must be a {messages.IMAGE} "
+                    "(mono8), since lossy compression alters class ids"
+                )
+        candidates = {t: c for t, c in images.items() if c is not self._labels}
         chosen = image_topic or next((t for t in (IMAGE_TOPIC, COMPRESSED_TOPIC) if t in candidates), None)
         if chosen is None and len(candidates) == 1:
             chosen = next(iter(candidates))
         if chosen is None and not candidates:
             raise BagError(
                 f"{self.path} has no image topic ({messages.IMAGE} or {messages.COMPRESSED}), only "
-                f"{', '.join(sorted(connections))}; record the camera's image topic"
+                f"{', '.join(sorted(topics))}; record the camera's image topic"
             )
         if chosen is None:
             raise BagError(
@@ -213,7 +240,10 @@ class Bag:
             )
         if chosen not in candidates:
             raise BagError(_no_topic(self.path, "image topic", chosen, candidates))
-        self._image: Connection = candidates[chosen]
+        self._images = candidates[chosen]
+        if len(types := {c.msgtype for c in self._images}) > 1:
+            both = " and ".join(sorted(types))
+            raise BagError(f"{self.path}: {chosen} has messages of {both}; record one type a topic")
 
     def _read_classes(self) -> ClassList | None:
         custom = self._reader.storage.metadata.custom
@@ -225,7 +255,7 @@ class Bag:
         info = next((c for c in self._reader.connections if c.msgtype == messages.LABEL_INFO), None)
         if info is None:
             return None
-        for _, data in self._messages(info):
+        for _, data in self._messages([info]):
             class_map = messages.deserialize(data, messages.LABEL_INFO).class_map
             names = {int(c.class_id): str(c.class_name) for c in class_map if c.class_id != UNLABELLED}
             if sorted(names) != list(range(len(names))):
@@ -256,5 +286,5 @@ def _check_same_classes(path: Path, bag: ClassList, bundle: ClassList) -> None:
             raise BagError(f"{path}: class {i} is {ours!r} in the bag but {theirs!r} in the bundle; {remedy}")
 
 
-def _no_topic(path: Path, kind: str, topic: str, images: dict[str, Connection]) -> str:
+def _no_topic(path: Path, kind: str, topic: str, images: dict[str, list[Connection]]) -> str:
     return f"{path} has no {kind} {topic!r}; its image topics are: {', '.join(sorted(images)) or 'none'}"

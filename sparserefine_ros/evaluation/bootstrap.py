@@ -72,13 +72,17 @@ def interval(value: float, distribution: np.ndarray) -> Interval:
 
 
 def resampled_quantiles(values: np.ndarray, drawn: np.ndarray, q: float) -> np.ndarray:
-    """[R]: the q-quantile (0 to 1; the lower of the closest ranks) of ``values`` [F] in each resample ``drawn``."""
+    """[R]: the q-quantile (0 to 1; linear between the closest ranks, as the value itself) of ``values`` [F] in each
+    resample ``drawn``.
+    """
     order = np.argsort(values)
-    rank = math.floor(q * (len(values) - 1))
+    ordered = np.asarray(values, np.float64)[order]
+    rank = q * (len(values) - 1)
     result = np.empty(len(drawn))
     for i in range(0, len(drawn), CHUNK):
         up_to = drawn[i : i + CHUNK, order].cumsum(1, dtype=np.int64)
-        result[i : i + CHUNK] = values[order][(up_to > rank).argmax(1)]
+        low, high = (ordered[(up_to > at).argmax(1)] for at in (math.floor(rank), math.ceil(rank)))
+        result[i : i + CHUNK] = low + (high - low) * (rank - math.floor(rank))
     return result
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sparserefine_ros.evaluation import bootstrap, page
 from sparserefine_ros.evaluation.report_charts import interval_chart
 from sparserefine_ros.evaluation.run_comparison import Comparison, Row
+from sparserefine_ros.untrusted import printable
 
 WORDS = {"better": "better", "worse": "worse", "changed": "changed", "open": "not settled"}
 
@@ -42,13 +44,14 @@ def show(comparison: Comparison, names: tuple[str, str], console: Console) -> No
         for heading in ("", "a", "b", "b - a", "95 %", ""):
             table.add_column(heading, justify="left" if not heading else "right")
         for row in rows:
-            table.add_row(row.name, *cells(row), WORDS[row.verdict])
+            table.add_row(escape(printable(row.name)), *cells(row), WORDS[row.verdict])
         console.print(table)
     console.print(f"a: {names[0]}, b: {names[1]}; {bootstrap.METHOD}, paired by stamp", highlight=False, markup=False)
     frames = f"{comparison.scored} frames scored in both, {comparison.answered} answered in both"
     console.print(frames, highlight=False)
     for name, left, right in comparison.settings:
-        console.print(f"differs: {name}: {left} | {right}", highlight=False, markup=False, soft_wrap=True)
+        line = printable(f"differs: {name}: {left} | {right}")
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def cells(row: Row) -> tuple[str, str, str, str]:

@@ -18,6 +18,8 @@ from sparserefine_ros.evaluation.reliability import reliability_diagram
 from sparserefine_ros.segmenter.segmenter import Segmenter
 
 FRAMES = 24
+PIXELS = 2**26
+"""Of all these frames together: they are held in memory, 24 of a 2-megapixel camera, two of an 8K one."""
 POINTS = 100  # of the density-recall curve, evenly spaced in recall
 
 

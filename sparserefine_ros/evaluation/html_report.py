@@ -13,7 +13,7 @@ import numpy as np
 
 from sparserefine_ros.evaluation import page, report
 from sparserefine_ros.evaluation.replay_metrics import PERCENTILES
-from sparserefine_ros.evaluation.report_charts import density_recall_chart, latency_charts, reliability_chart
+from sparserefine_ros.evaluation.report_charts import COLOURS, density_recall_chart, latency_charts, reliability_chart
 from sparserefine_ros.evaluation.worst_frames import ShownFrame
 
 
@@ -38,6 +38,7 @@ def context(result: Mapping[str, Any], choice: str, frames: Sequence[ShownFrame]
         "reliability_chart": reliability_chart(curves["reliability"]) if curves else None,
         "density_recall_chart": density_recall_chart(curves) if curves else None,
         "latency": latency_charts(result),
+        "stage_colours": COLOURS,
         "legend": [(name, _colour(rgb)) for name, rgb in palette],
         "choice": choice,
         "frames": frames,

@@ -5,11 +5,13 @@ Shape shorthand: H, W image height and width in pixels.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from types import TracebackType
 
 import numpy as np
 
+from sparserefine_ros.errors import BagError
 from sparserefine_ros.evaluation import bag_messages as messages
 
 
@@ -34,16 +36,26 @@ class MaskSpool:
 
     def close(self) -> None:
         """Deletes the masks."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk: what was to be written there is not wanted any more
+            self._file.close()
 
     def stamps(self) -> list[int]:
         """Stamps of all masks, in ns, in growing order."""
         return sorted(self._places)
 
     def put(self, stamp_ns: int, message: bytes) -> None:
-        """Keeps a serialised sensor_msgs/Image (mono8 class ids); a second one with the same stamp takes its place."""
-        place = self._file.seek(0, 2)
-        self._file.write(message)
+        """Keeps a serialised sensor_msgs/Image (mono8 class ids); a second one with the same stamp takes its place.
+
+        Raises BagError where the disk is full.
+        """
+        try:
+            place = self._file.seek(0, 2)
+            self._file.write(message)
+        except OSError as error:
+            raise BagError(
+                f"cannot keep the masks in {tempfile.gettempdir()} after {len(self)} of them: {error.strerror}; "
+                "set TMPDIR to a folder with more space"
+            ) from error
         self._places[stamp_ns] = (place, len(message))
 
     def put_mask(self, stamp_ns: int, mask: np.ndarray) -> None:

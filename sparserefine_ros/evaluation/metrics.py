@@ -39,15 +39,18 @@ class ConfusionMatrix:
 
     def iou(self) -> dict[str, float]:
         """Intersection over union by class name; nan for a class that was neither labelled nor predicted."""
-        hits = np.diagonal(self.counts).astype(np.float64)
-        union = self.counts.sum(1) + self.counts[:, :-1].sum(0) - hits
-        values = np.divide(hits, union, out=np.full(len(hits), np.nan), where=union > 0)
-        return dict(zip(self.classes.names, values.tolist(), strict=True))
+        return dict(zip(self.classes.names, self._iou().tolist(), strict=True))
 
     def miou(self) -> float:
         """Mean over the classes that occur (labelled or predicted); nan when none does. A fraction, not per cent."""
-        values = np.array(list(self.iou().values()))
+        values = self._iou()
         return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+
+    def _iou(self) -> np.ndarray:
+        """[K]"""
+        hits = np.diagonal(self.counts).astype(np.float64)
+        union = self.counts.sum(1) + self.counts[:, :-1].sum(0) - hits
+        return np.divide(hits, union, out=np.full(len(hits), np.nan), where=union > 0)
 
     def accuracy(self) -> float:
         """Share of labelled pixels whose class is right."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from sparserefine_ros.errors import ResultError
+from sparserefine_ros.evaluation import files
 
 FOLDER = Path(__file__).parent / "templates"
 DASH = "–"
@@ -37,12 +37,7 @@ def render(template: str, context: dict[str, Any]) -> str:
 
 def write(template: str, context: dict[str, Any], path: Path) -> None:
     """Renders to ``path``; folders are made. Raises ResultError where it cannot be written."""
-    text = render(template, context)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, "utf-8")
-    except OSError as error:
-        raise ResultError(f"cannot write the page {path}: {error.strerror}; give a file you may write to") from error
+    files.write_text(path, render(template, context))
 
 
 def percent(value: float | None, digits: int = 1) -> str:

@@ -9,7 +9,7 @@ Shape shorthand: H, W image height and width in pixels; K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -59,6 +59,7 @@ class Score:
     matrix: ConfusionMatrix
     labelled: int  # frames with ground truth
     frames: dict[int, FrameCounts]  # stamp -> counts, of those that have a mask
+    without_image: int = 0  # labels with a stamp that no image has
 
     @property
     def scored(self) -> int:
@@ -128,14 +129,23 @@ def count_frames(log: ReplayLog) -> dict[str, int | None]:
     }
 
 
-def score(labels: Iterable[tuple[int, np.ndarray]], masks: MaskStore, classes: ClassList) -> Score:
+def score(
+    labels: Iterable[tuple[int, np.ndarray]],
+    masks: MaskStore,
+    classes: ClassList,
+    images: Container[int] | None = None,
+) -> Score:
     """One confusion matrix over all frames; masks and ground truth are joined by stamp, frames without a mask left out.
 
-    ``labels``: (stamp in ns, [H, W] uint8, 255 = ignored). Raises BagError where a mask and its label differ in size.
+    ``labels``: (stamp in ns, [H, W] uint8, 255 = ignored); ``images``: the stamps of the images, all by default.
+    Raises BagError where a mask and its label differ in size.
     """
     matrix = ConfusionMatrix(classes)
-    labelled, frames = 0, {}
+    labelled, without_image, frames = 0, 0, {}
     for stamp, label in labels:
+        if images is not None and stamp not in images:
+            without_image += 1
+            continue
         labelled += 1
         mask = masks.get(stamp)
         if mask is None:
@@ -149,7 +159,7 @@ def score(labels: Iterable[tuple[int, np.ndarray]], masks: MaskStore, classes: C
         matrix.update(label, mask)
         counts = (matrix.counts - before).astype(np.int32)
         frames[stamp] = FrameCounts(counts, boundary_counts(label, mask, len(classes)).astype(np.int32))
-    return Score(matrix, labelled, frames)
+    return Score(matrix, labelled, frames, without_image)
 
 
 def evenly_spaced(stamps: Sequence[int], count: int) -> list[int]:

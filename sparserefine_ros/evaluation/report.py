@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console, Group
+from rich.markup import escape
 from rich.table import Table
 
-from sparserefine_ros.evaluation import bootstrap, boundary, per_frame, provenance, replay_metrics
+from sparserefine_ros.evaluation import bootstrap, boundary, files, per_frame, provenance, replay_metrics
 from sparserefine_ros.evaluation.replay_metrics import ReplayLog, Score
+from sparserefine_ros.untrusted import printable
 
 LAG_MS = 50.0
 """A replay that is later than this, at worst, is remarked on."""
@@ -47,6 +49,7 @@ def build(log: ReplayLog, score: Score | None, facts: Mapping[str, Any]) -> dict
         "confusion": score.matrix.counts.tolist() if score else None,
         "frames_labelled": score.labelled if score else 0,
         "frames_scored": score.scored if score else 0,
+        "labels_without_image": score.without_image if score else 0,
         "density": replay_metrics.mean_density(log),
         "frames": replay_metrics.count_frames(log),
         "node_counters": log.counters,
@@ -87,13 +90,15 @@ def intervals(score: Score) -> dict[str, Any] | None:
 
 
 def write_json(report: Mapping[str, Any], path: Path) -> None:
-    """Strict JSON (no NaN), keys in the report's order; what is long and not for reading takes a line each."""
+    """Strict JSON (no NaN), keys in the report's order; what is long and not for reading takes a line each.
+
+    Raises ResultError where it cannot be written.
+    """
     lines = []
     for key, value in report.items():
         indent = None if key in ("per_frame", "confusion", "curves") else 2
         lines.append(f"{json.dumps(key)}: {json.dumps(value, indent=indent, allow_nan=False)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{\n" + textwrap.indent(",\n".join(lines), "  ") + "\n}\n")
+    files.write_text(path, "{\n" + textwrap.indent(",\n".join(lines), "  ") + "\n}\n")
 
 
 def hardware() -> dict[str, Any]:
@@ -118,7 +123,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     if report["iou"] is not None:
         console.print(_classes(report))
     for line in remarks(report):
-        console.print(f"[yellow]note:[/] {line}", highlight=False)
+        console.print(f"[yellow]note:[/] {_text(line)}", highlight=False)
 
 
 def remarks(report: Mapping[str, Any]) -> list[str]:
@@ -127,12 +132,16 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
     frames = report["frames"]
     if report["iou"] is None:
         lines.append("the bag has no ground truth, so no mIoU; only latency, density and counts are measured")
-    elif report["frames_labelled"] == 0:
+    elif report["frames_labelled"] == 0 and not report["labels_without_image"]:
         lines.append("the bag's ground-truth topic holds no message, so there is no mIoU")
     elif report["frames_scored"] < report["frames_labelled"]:
         lines.append(
             f"mIoU covers {report['frames_scored']} of {report['frames_labelled']} labelled frames: the others got no "
             "mask (--wait sends each frame only after the mask of the one before)"
+        )
+    if count := report["labels_without_image"]:
+        lines.append(
+            f"{count} labels are left out: no image has their stamp; a label must bear the header.stamp of its image"
         )
     if report["absent_classes"] and report["frames_scored"]:
         lines.append(f"left out of mIoU, neither labelled nor predicted: {', '.join(report['absent_classes'])}")
@@ -159,7 +168,8 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
 
 
 def _summary(report: Mapping[str, Any]) -> Table:
-    table = Table(title=f"{report['model']} on {report['bag']['name']} ({report['mode']})", show_header=False)
+    title = _text(f"{report['model']} on {report['bag']['name']} ({report['mode']})")
+    table = Table(title=title, show_header=False)
     table.add_column(style="bold")
     table.add_column()
     frames = report["frames"]
@@ -184,10 +194,10 @@ def _timing(report: Mapping[str, Any]) -> Table:
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right")
-    what = "frame to mask" if report["mode"] == "live" else "one call"
+    what = "frame to mask" if report["mode"] == "live" else "segmenter call"
     table.add_row(f"[bold]{what}[/]", *(_milli(report["latency_ms"][c]) for c in columns))
     for stage, values in report["stages_ms"].items():
-        table.add_row(stage, *(_milli(values[c]) for c in columns))
+        table.add_row(_text(stage), *(_milli(values[c]) for c in columns))
     return table
 
 
@@ -196,8 +206,13 @@ def _classes(report: Mapping[str, Any]) -> Table:
     table.add_column("class")
     table.add_column("IoU", justify="right")
     for name, value in report["iou"].items():
-        table.add_row(name, "-" if value is None else f"{100 * value:.2f}")
+        table.add_row(_text(name), "-" if value is None else f"{100 * value:.2f}")
     return table
+
+
+def _text(name: str) -> str:
+    """A name of somebody else's, neither markup nor an order to the terminal."""
+    return escape(printable(name))
 
 
 def _number(value: float) -> float | None:

@@ -12,6 +12,10 @@ from sparserefine_ros.evaluation.svg import Chart
 
 COLUMNS = 500  # a longer drive is drawn as that many columns, each the slowest of its frames
 HISTOGRAM_BINS = 40
+SUMS = ("segment", "total", "latency")
+"""Stages that others make up: stacked upon them, they would count the same time again."""
+COLOURS = 10
+"""Colours of stages in the style sheet."""
 
 
 def reliability_chart(data: Mapping[str, Any]) -> str:
@@ -49,13 +53,14 @@ def density_recall_chart(curves: Mapping[str, Any]) -> str:
 def latency_charts(result: Mapping[str, Any]) -> dict[str, Any] | None:
     """``timeline`` and ``histogram``, ``stages`` (names in the timeline's order), ``frames_a_column``; None: no mask.
 
-    The timeline stacks the stages that the node timed; the line is the latency from sending a frame to having its mask.
+    The timeline stacks the stages that the node timed, without their sums; the line is the latency from sending a frame
+    to having its mask.
     """
     frames = result["per_frame"]
     latency, sent = numbers(frames["latency_ms"]), numbers(frames["sent_s"])
     if not np.isfinite(latency).any():
         return None
-    stages = {name: numbers(column) for name, column in frames["stages_ms"].items() if name != "total"}
+    stages = {name: numbers(column) for name, column in frames["stages_ms"].items() if name not in SUMS}
     groups = np.array_split(np.arange(len(sent)), min(COLUMNS, len(sent)))
     slowest = [_slowest(latency, group) for group in groups]
     starts = [float(sent[group[0]]) for group in groups]
@@ -75,7 +80,7 @@ def latency_charts(result: Mapping[str, Any]) -> dict[str, Any] | None:
             for start, end, low, height in zip(starts, ends, base, heights, strict=True)
             if height
         ]
-        chart.bars(boxes, f"stage stage-{index % 8}")
+        chart.bars(boxes, f"stage stage-{index % COLOURS}")
         base += heights
     values = [float(latency[i]) if np.isfinite(latency[i]) else None for i in slowest]
     chart.line([(a + b) / 2 for a, b in zip(starts, ends, strict=True)], values, "curve")
@@ -86,20 +91,20 @@ def latency_charts(result: Mapping[str, Any]) -> dict[str, Any] | None:
         chart.spot(start, end, _note(float(sent[i]), float(latency[i]), stages, i))
     return {
         "timeline": chart.text(),
-        "histogram": _histogram(latency[np.isfinite(latency)]),
+        "histogram": _histogram(latency[np.isfinite(latency)], result["mode"] == "live"),
         "stages": list(stages),
         "frames_a_column": max(len(group) for group in groups),
         "lost": any(lost),
     }
 
 
-def _histogram(values: np.ndarray) -> str:
+def _histogram(values: np.ndarray, live: bool) -> str:
     counts, edges = np.histogram(values, bins=HISTOGRAM_BINS, range=(0, float(values.max()) * 1.02))
     chart = Chart(
         "histogram of latencies",
         (0, float(edges[-1])),
         (0, float(counts.max()) * 1.05),
-        "ms from frame to mask",
+        "ms from frame to mask" if live else "ms of a segmenter call",
         "frames",
     )
     chart.bars([(a, b, 0.0, float(n)) for a, b, n in zip(edges, edges[1:], counts, strict=False) if n], "bar")

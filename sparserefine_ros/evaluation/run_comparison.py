@@ -24,7 +24,7 @@ from sparserefine_ros.evaluation.per_frame import numbers, unpack
 
 LATENCIES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 SETTINGS = (
-    "model", "mode", "rate", "commit", "hardware", "versions", "weights_sha256", "parameters", "decoder",
+    "model", "mode", "rate", "bag", "commit", "hardware", "versions", "weights_sha256", "parameters", "decoder",
     "entropy_threshold", "scale", "device", "precision", "sparse_backend", "runtime", "threads",
 )  # fmt: skip
 """What may explain a difference: where these differ, the comparison says so."""

@@ -37,7 +37,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class ShownFrame:
-    """One frame: seconds since the first, why it is shown, and its views."""
+    """One frame: seconds of the recording since the first one, why it is shown, and its views."""
 
     time_s: float
     reason: str
@@ -47,8 +47,8 @@ class ShownFrame:
 def choose(log: ReplayLog, score: Score | None) -> tuple[str, dict[int, str]]:
     """(What the choice is, {stamp: why}): the worst first, at least a second apart, since neighbours look alike.
 
-    Worst is the largest share of wrong pixels; without ground truth the largest share of uncertain ones; where nothing
-    was refined either, frames are spread over the drive.
+    Worst is the largest share of wrong pixels; without a labelled pixel the largest share of uncertain ones; where
+    nothing was refined either, frames are spread over the drive.
     """
     if score and score.frames:
         wrong = {}
@@ -56,7 +56,8 @@ def choose(log: ReplayLog, score: Score | None) -> tuple[str, dict[int, str]]:
             total = int(counts.confusion.sum())
             if total:
                 wrong[stamp] = 1 - int(np.diagonal(counts.confusion).sum()) / total
-        return "worst", {s: f"{100 * wrong[s]:.1f} % of labelled pixels wrong" for s in spread(wrong)}
+        if wrong:
+            return "worst", {s: f"{100 * wrong[s]:.1f} % of labelled pixels wrong" for s in spread(wrong)}
     density = {stamp: value for stamp, value in log.density.items() if stamp in log.answered}
     if any(density.values()):
         return "uncertain", {s: f"{100 * density[s]:.1f} % of the pixels uncertain" for s in spread(density)}
@@ -79,13 +80,14 @@ def collect(
     labels = {stamp: label for stamp, label in bag.labels() if stamp in reasons}
     first: int | None = None
     found: dict[int, ShownFrame] = {}
-    for stamp, message in bag.image_messages():
-        first = stamp if first is None else first
+    for frame in bag.frames():
+        stamp = frame.stamp_ns
+        first = frame.time_ns if first is None else first
         mask = spool.get(stamp) if stamp in reasons else None
         if mask is None:
             continue
-        tiles = _tiles(decode(message), mask, labels.get(stamp), segmenter)
-        found[stamp] = ShownFrame((stamp - first) / 1e9, reasons[stamp], tiles)
+        tiles = _tiles(decode(bag.message(frame)), mask, labels.get(stamp), segmenter)
+        found[stamp] = ShownFrame((frame.time_ns - first) / 1e9, reasons[stamp], tiles)
     return [found[stamp] for stamp in reasons if stamp in found]
 
 

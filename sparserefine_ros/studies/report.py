@@ -71,7 +71,7 @@ def write(report: Report, setting: Setting, out: Path) -> Path:
         *table(report.header, report.cells), "", report.note, "", f"![{report.title}]({report.name}.png)",
     ]  # fmt: skip
     file = out / f"{report.name}.md"
-    file.write_text("\n".join(lines) + "\n")
+    file.write_text("\n".join(lines) + "\n", "utf-8")
     return file
 
 
