@@ -81,6 +81,17 @@ def test_every_import_is_a_declared_dependency() -> None:
             assert f'"{wheels.get(name, name)}' in setup, name
 
 
+def test_progress_bars_need_no_newer_rich_than_ubuntu_22_04_has() -> None:
+    """11.2, which `rosdep install` brings to humble."""
+    had = {"BarColumn", "Progress", "TextColumn", "TimeElapsedColumn", "TimeRemainingColumn", "track"}
+    used: set[str] = set()
+    for path in (ROOT / NAME).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "rich.progress":
+                used |= {alias.name for alias in node.names}
+    assert used <= had
+
+
 def test_package_xml_is_format_3_of_an_ament_python_package() -> None:
     root = package_xml()
     assert root.get("format") == "3"

@@ -268,6 +268,8 @@ def test_class_weights_are_median_over_frequency() -> None:
     sample = Sample(np.zeros((1, 10, 3), np.uint8), label, "", 0)
     assert class_weights([sample], 4, 1.0).tolist() == pytest.approx([0.5, 1.0, 3.0, 1.0])
     assert class_weights([sample], 4, 0.0).tolist() == [1.0] * 4
+    with pytest.raises(TrainingError, match="not one pixel of the 1 training frames has a class"):
+        class_weights([sample._replace(label=np.full((1, 10), UNLABELLED, np.uint8))], 4, 1.0)
 
 
 def test_views_keep_image_and_label_together() -> None:
@@ -384,6 +386,9 @@ def test_camvid_reader(camvid: Path) -> None:
 def test_camvid_reader_says_what_is_wrong(camvid: Path) -> None:
     with pytest.raises(DatasetError, match="no frames in .*nowhere"):
         CamVid(camvid / "nowhere")
+    cv2.imwrite(str(camvid / "val" / "label" / "f1.png"), np.zeros((12, 16), np.uint8))
+    with pytest.raises(DatasetError, match="f1.png is 16x12, its frame 8x6; resize the labels"):
+        CamVid(camvid, "val")[0]
     cv2.imwrite(str(camvid / "val" / "label" / "f1.png"), np.full((6, 8), 30, np.uint8))
     with pytest.raises(DatasetError, match="largest id 30.*0-11"):
         CamVid(camvid, "val")[0]
