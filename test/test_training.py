@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,21 +149,39 @@ def test_the_command_ends_in_one_line(
         assert message in capsys.readouterr().err
 
 
-def test_a_disk_that_is_full_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A limit on the size of files stands for the disk: writing beyond it fails."""
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Stands for a full disk: writing beyond so many bytes fails."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_is_full_when_the_bundle_is_written(tmp_path: Path) -> None:
+    module = CompactSegmenter(11, **TINY.args)
+    before = bundle_module._save(tmp_path, module, TINY, "dense.safetensors")
+    size = (tmp_path / "dense.safetensors").stat().st_size
+    with (
+        files_of_at_most(size // 2),
+        pytest.raises(TrainingError, match="cannot write .*dense.safetensors: .*its training is done"),
+    ):
+        bundle_module._save(tmp_path, module, TINY, "dense.safetensors")
+    assert bundle_module._save(tmp_path, module, TINY, "dense.safetensors") == before
+
+
+def test_a_disk_that_is_full_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     once = replace(TINY, epochs=1)
     train(task(once), once, tmp_path, "dense", 0, CPU)
     before = (tmp_path / "dense.ckpt").read_bytes()
     state = torch.load(tmp_path / "dense.ckpt", weights_only=True)
     torch.save({**state, "step": 0}, tmp_path / "dense.ckpt")
     unfinished = (tmp_path / "dense.ckpt").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
-    try:
-        with pytest.raises(TrainingError, match=r"cannot write the checkpoint .*dense.ckpt: .*; make room"):
-            train(task(once), once, tmp_path, "dense", 0, CPU)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    full = pytest.raises(TrainingError, match=r"cannot write the checkpoint .*dense.ckpt: .*; make room")
+    with files_of_at_most(len(before) // 2), full:
+        train(task(once), once, tmp_path, "dense", 0, CPU)
     assert (tmp_path / "dense.ckpt").read_bytes() == unfinished
     assert not (tmp_path / "dense.partial").exists()
     (tmp_path / "dense.ckpt").write_bytes(before[: len(before) // 2])
