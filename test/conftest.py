@@ -45,7 +45,10 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 DECODERS = {
     "per-pixel": ("compact", {"widths": [8, 8, 8, 8], "depths": [1, 1, 1]}),
     "offseg": ("compact", {"widths": [8, 8, 8, 8], "depths": [1, 1, 1], "offsets": True}),
-    "superpixel": ("superpixel", {"channels": 16, "grid": [2, 3], "global_layers": 1, "global_heads": 2}),
+    "superpixel": (
+        "superpixel",
+        {"channels": 16, "grid": [2, 3], "global_layers": 1, "global_heads": 2, "residual": True},
+    ),
 }
 
 

@@ -31,6 +31,7 @@ from sparserefine_ros.datasets.classes import CAMVID  # noqa: E402
 from sparserefine_ros.errors import BundleError, FrameError, ParameterError  # noqa: E402
 from sparserefine_ros.node import rig  # noqa: E402
 from sparserefine_ros.node.device_health import device_health, free_memory  # noqa: E402
+from sparserefine_ros.node.logs import Throttle  # noqa: E402
 from sparserefine_ros.node.percentiles import StageWindow  # noqa: E402
 from sparserefine_ros.node.process import free_domain_id  # noqa: E402
 from sparserefine_ros.node.refusal import Refusal  # noqa: E402
@@ -205,6 +206,12 @@ def test_two_cameras_may_not_share_their_results(make: Callable[..., Bench]) -> 
     with pytest.raises(ParameterError, match="/camera/segmentation/mask, as those of /camera/left do"):
         bench.start()
     assert not bench.node.cameras
+
+
+def test_cameras_of_one_name_are_told_apart(make: Callable[..., Bench]) -> None:
+    """Their results are not on the same topics, so both may be; in the diagnostics each has its own line."""
+    bench = make(cameras=["/top/image", "/top"]).start()
+    assert [status.name for status in bench.diagnostics()[1:]] == ["segment: camera top", "segment: camera /top"]
 
 
 def test_cameras_that_match_come_and_go(make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,6 +400,27 @@ def test_only_the_guilty_frames_of_a_batch_are_lost(make: Callable[..., Bench]) 
         "segment: camera front": 1, "segment: camera left": 2, "segment: camera right": 1, "segment: camera rear": 1,
     }  # fmt: skip
     assert rows(cameras[2])["malformed"] == "1" and rows(cameras[0])["image_topic"] == "/front/image"
+
+
+def test_one_cameras_warnings_do_not_hide_anothers(make: Callable[..., Bench]) -> None:
+    bench = make(cameras=["front", "left"]).start()
+    said: list[str] = []
+    bench.node._worker._logger = SimpleNamespace(warning=said.append, error=said.append)
+    for _ in range(3):
+        for name in ("front", "left"):
+            bench.feed(name, 3, step=1)
+            bench.feed(name, POISON)
+            bench.settled()
+    assert sorted(text[: text.index(" skipped")] for text in said) == [
+        "frame of /front/image", "frame of /left/image",
+        "malformed frame on /front/image", "malformed frame on /left/image",
+    ]  # fmt: skip
+
+
+def test_the_log_says_a_thing_again_when_its_time_is_over() -> None:
+    due = Throttle(5.0)
+    assert [due("a", at) for at in (0.0, 1.0, 4.9, 5.0, 9.0, 10.0)] == [True, False, False, True, False, True]
+    assert due("b", 10.0) and not due("b", 11.0) and not due("a", 14.9)
 
 
 def test_no_frame_is_counted_twice(make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,6 +224,22 @@ def test_sizes_between_strides_are_extended_by_their_edge() -> None:
     assert torch.equal(network(images), network(extended)[:, :, :40, :50])
 
 
+@pytest.mark.parametrize("size", [(48, 64), (45, 83)])
+@torch.inference_mode()
+def test_residual_adds_the_logits_of_every_pixels_own_features(size: tuple[int, int]) -> None:
+    network, plain, images = small(residual=True).double(), small().double(), randn(2, 3, *size)
+    missing, left = plain.load_state_dict(network.state_dict(), strict=False)
+    assert not missing and left == ["pixel_classifier.weight", "pixel_classifier.bias"]
+    pixels, _ = network.tokenize(network.hypercolumn(network.backbone(images)))
+    classifier = network.pixel_classifier
+    own = (
+        torch.einsum("bchw,kc->bkhw", to_map(pixels, network.cell), classifier.weight) + classifier.bias[:, None, None]
+    )
+    own = F.interpolate(own, scale_factor=4, mode="bilinear", align_corners=False)
+    expected = plain(images) + own[:, :, : size[0], : size[1]]
+    torch.testing.assert_close(network(images), expected, rtol=1e-10, atol=1e-10)
+
+
 def test_half_precision_stays_close_and_trains() -> None:
     network, images = small(), torch.randn(1, 3, 45, 64)
     with torch.autocast("cpu", torch.bfloat16):
@@ -251,9 +267,9 @@ def test_images_of_a_batch_do_not_see_each_other() -> None:
         torch.testing.assert_close(network(image[None])[0], logits, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", association.ASSOCIATIONS)
-def test_gradients_reach_every_parameter(kind: str) -> None:
-    network = small(association=kind).train()
+@pytest.mark.parametrize("changes", [{}, {"association": "relative"}, {"residual": True}], ids=str)
+def test_gradients_reach_every_parameter(changes: dict[str, Any]) -> None:
+    network = small(**changes).train()
     F.cross_entropy(network(torch.randn(2, 3, 45, 64)), torch.randint(5, (2, 45, 64))).backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name

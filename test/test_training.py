@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import resource
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 from sparserefine_ros.cli import main
 from sparserefine_ros.datasets.base import UNLABELLED, Sample
@@ -22,11 +24,14 @@ from sparserefine_ros.datasets.classes import CAMVID
 from sparserefine_ros.datasets.splits import load_split
 from sparserefine_ros.errors import DatasetError, TrainingError
 from sparserefine_ros.networks.compact import CompactSegmenter
+from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.superpixel import SuperpixelTransformer
 from sparserefine_ros.segmenter.bundle import Bundle, find_bundle
+from sparserefine_ros.segmenter.preprocess import normalise
 from sparserefine_ros.training import bundle as bundle_module
 from sparserefine_ros.training.augment import jitter, random_view
 from sparserefine_ros.training.dense import DenseTask, class_weights, hardest_cross_entropy
+from sparserefine_ros.training.ensembler import EnsemblerTask
 from sparserefine_ros.training.loop import _groups, cosine, mixed_precision, poly, train
 from sparserefine_ros.training.pretrained import start_encoder
 from sparserefine_ros.training.recipe import Recipe, StageRecipe
@@ -235,6 +240,7 @@ def test_a_whole_bundle_learns_the_scene(tmp_path: Path, monkeypatch: pytest.Mon
             dense, network="sparserefine", args={"channels": [8, 16], "stride": "floor", "blocks": 1},
             epochs=25, scale=(1.0, 1.0), crop=(48, 64),
         ),
+        ensembler=replace(dense, network="gated", args={}, epochs=2, scale=(1.0, 1.0), crop=(48, 64)),
         recall=0.9,
     )  # fmt: skip
     bundle = bundle_module.train_bundle(recipe, None, tmp_path / "runs", tmp_path / "model", CPU)
@@ -244,8 +250,43 @@ def test_a_whole_bundle_learns_the_scene(tmp_path: Path, monkeypatch: pytest.Mon
     assert last["miou"] > 0.8
     assert 0 < last["density"] < 0.6
     assert bundle.calibration["recall"] >= 0.9
-    for name in ("dense_training.png", "native_training.png", "refiner_training.png", "density_recall.png"):
+    trained = torch.load(tmp_path / "runs" / "refiner.ckpt", weights_only=True)["average"]
+    shipped = load_file(tmp_path / "model" / "refiner.safetensors")
+    differ = {key for key, value in shipped.items() if not torch.equal(value, trained[f"module.{key}"].to(value.dtype))}
+    assert differ and all(key.startswith("ensembler.") for key in differ), "only the ensembler was trained anew"
+    assert bundle.provenance["ensembler"]["network"] == "gated"
+    for name in (
+        "dense_training.png", "native_training.png", "refiner_training.png", "ensembler_training.png",
+        "density_recall.png",
+    ):  # fmt: skip
         assert (tmp_path / "model" / name).stat().st_size > 5_000
+
+
+def test_an_ensembler_learns_while_the_branch_stays() -> None:
+    """Its loss is that of the blended logits of the selected pixels; what trains is the running copy it is given."""
+    torch.manual_seed(0)
+    dense, refiner = CompactSegmenter(11, **TINY.args).eval(), SparseRefiner(11, (8, 16), "floor", blocks=1)
+    branch = copy.deepcopy(refiner.state_dict())
+    recipe = replace(TINY, network="gated", args={}, crop=(48, 64), class_weight_power=0.0)
+    with torch.no_grad():
+        dense.classifier.weight *= 100  # a random network is else equally unsure of all pixels
+    trained = EnsemblerTask(refiner, dense, CAMVID, SCENES, SCENES[:2], recipe, 0.5, 1.0, CPU)
+    images, lows, labels = batch = trained.batch(np.random.default_rng(0))
+    loss = trained.loss(trained.module, batch)
+    loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in (trained.module.gate[2].weight, trained.module.fuse[0].weight))
+    assert all(p.grad is None for part in (refiner.unet, refiner.classifier) for p in part.parameters())
+    for key, value in refiner.state_dict().items():
+        assert torch.equal(value, branch[key]), f"{key}: running statistics stay, too"
+
+    logits = dense(normalise(lows)).float()
+    p = logits.softmax(1)
+    selected = F.interpolate((-(p * p.log()).sum(1, keepdim=True) > 1.0).float(), (48, 64), mode="nearest")[:, 0] > 0
+    assert 0.05 < float(selected.float().mean()) < 0.95
+    y1 = F.interpolate(logits, (48, 64), mode="nearest").permute(0, 2, 3, 1)[selected]
+    y2 = refiner(normalise(images).permute(0, 2, 3, 1)[selected], y1, refiner.pyramid(selected)).refined
+    expected = F.cross_entropy(trained.module(y1, y2), labels[selected].long(), ignore_index=UNLABELLED)
+    torch.testing.assert_close(loss, expected)
 
 
 def test_cosine_schedule() -> None:
@@ -371,6 +412,15 @@ def test_shipped_recipes_load(path: Path) -> None:
         ("{name: x, dataset: {}, scale: 1, seed: -1, dense: {network: a}}", "seed -1 is out of range; give a whole"),
         ("{name: 5, dataset: {}, scale: 1, dense: {network: a}}", "name 5 is"),
         ("{name: x, dataset: {}, scale: 1, dense: {network: a}, native: {network: b}}", "section 'native' has other"),
+        (
+            "{name: x, dataset: {}, scale: 1, dense: {network: a}, ensembler: {network: gated}}",
+            "'ensembler' trains 'gat",
+        ),
+        (
+            "{name: x, dataset: {}, scale: 1, bundle: b, refiner: {network: a, args: {ensembler: residual}}, "
+            "ensembler: {network: gated}}",
+            "only gated has something to learn",
+        ),
     ],
 )
 def test_broken_recipes(tmp_path: Path, text: str, message: str) -> None:

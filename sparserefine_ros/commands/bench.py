@@ -258,7 +258,7 @@ def run_pipeline(args: argparse.Namespace) -> int:
     from sparserefine_ros.benchmarks.paper_models import MODELS, params_m
     from sparserefine_ros.benchmarks.pipeline import Setting, markdown, measure
     from sparserefine_ros.errors import ParameterError
-    from sparserefine_ros.segmenter.segmenter import pick_device
+    from sparserefine_ros.segmenter.segmenter import PRECISIONS, pick_device
     from sparserefine_ros.sparse.backends import pick_backend
 
     names = args.models or list(MODELS)
@@ -289,9 +289,11 @@ def run_pipeline(args: argparse.Namespace) -> int:
         raise ParameterError(f"--warmup {warmup} --repeats {repeats} --batches {batches}: give 0, 1 and 1 or more")
     if args.graph and not cuda:
         raise ParameterError(f"--graph is for CUDA, but the device is {device}; leave it out")
-    pick_backend(args.sparse_backend, device)
+    precisions = args.precisions or ["fp16" if cuda else "fp32"]
+    for precision in precisions:  # before minutes are spent on the first
+        pick_backend(args.sparse_backend, device, PRECISIONS[precision])
     setting = Setting(args.size, device, warmup, repeats, args.stride, args.sparse_backend, args.graph)
-    result = measure(names, setting, args.precisions or ["fp16" if cuda else "fp32"], batches)
+    result = measure(names, setting, precisions, batches)
     if not result["models"]:
         raise ParameterError("; ".join(dict.fromkeys(result["missing"].values())))
     return _finish(result, markdown(result), args)

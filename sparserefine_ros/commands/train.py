@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if args.seed is not None:
         recipe = replace(recipe, name=f"{recipe.name}-seed{args.seed}", seed=args.seed)
     if args.no_refiner:
-        recipe = replace(recipe, refiner=None)
+        recipe = replace(recipe, refiner=None, ensembler=None)
     bundle = train_bundle(
         recipe, args.data, args.runs / recipe.name, args.models / recipe.name, pick_device(args.device)
     )

@@ -46,6 +46,8 @@ class SuperpixelTransformer(nn.Module):
         local_layers, local_heads: dual-path cross-attention between pixels and superpixels.
         global_layers, global_heads: self-attention between superpixels.
         association: "absolute" or "relative", see `association`.
+        residual: adds every pixel's own logits to those of its superpixels. Not in the paper: what is thinner than a
+            superpixel, a pole or a sign, has none to take its class from.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class SuperpixelTransformer(nn.Module):
         global_layers: int = 4,
         global_heads: int = 4,
         association: str = "absolute",
+        residual: bool = False,
     ) -> None:
         super().__init__()
         if superpixel_stride % pixel_stride:
@@ -86,6 +89,7 @@ class SuperpixelTransformer(nn.Module):
         self.pixel_norm, self.superpixel_norm = nn.LayerNorm(channels), nn.LayerNorm(channels)
         self.layers = nn.ModuleList(SelfAttentionLayer(channels, global_heads) for _ in range(global_layers))
         self.class_norm, self.classifier = nn.LayerNorm(channels), nn.Linear(channels, num_classes)
+        self.pixel_classifier = nn.Linear(channels, num_classes) if residual else None
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] to logits [B, K, H, W]."""
@@ -133,7 +137,11 @@ class SuperpixelTransformer(nn.Module):
         """Logits [B, K, H, W] of the extended images (Eqs. 5 and 6)."""
         # One head; scaled, or 256 channels of unit variance would start out as a hard assignment.
         superpixels = superpixels * superpixels.shape[-1] ** -0.5
-        return project(pixels, superpixels, classes, self.cell, self.scale, self.association)
+        logits = project(pixels, superpixels, classes, self.cell, self.scale, self.association)
+        if self.pixel_classifier is not None:
+            own = _from_cells(self.pixel_classifier(pixels), self.cell)  # [B, K, H / stride, W / stride]
+            logits = logits + F.interpolate(own, scale_factor=self.scale, mode="bilinear", align_corners=False)
+        return logits
 
 
 class DualPathLayer(nn.Module):
@@ -201,3 +209,8 @@ def _to_cells(pixels: Tensor, cell: tuple[int, int]) -> Tensor:
     """[B, Gy h, Gx w, C] to [B, Gy, Gx, h w, C]."""
     h, w = cell
     return pixels.unflatten(2, (-1, w)).unflatten(1, (-1, h)).transpose(2, 3).flatten(3, 4)
+
+
+def _from_cells(cells: Tensor, cell: tuple[int, int]) -> Tensor:
+    """[B, Gy, Gx, h w, C] to [B, C, Gy h, Gx w]."""
+    return cells.unflatten(3, cell).permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)

@@ -26,6 +26,7 @@ SETTLE_S = 0.3
 COUNTERS_TIMEOUT_S = 2.5
 """The node tells its counters once a second."""
 REFUSED_TIMEOUT_S = 10.0
+STATUS = "segment: segmentation"  # the node's own line in the diagnostics
 COUNTERS = ("received", "processed", "dropped", "malformed", "failed", "unrefined")
 
 Keep = Callable[[int, bytes], None]
@@ -45,12 +46,9 @@ class Replayer(Peer):
         image_topic: str,
         compressed: bool,
         keep: Keep,
-        node: str = "/segment",
     ) -> None:
         super().__init__("sparserefine_replay", domain_id, environment)
         self._keep = keep
-        self._node_name = node.rsplit("/", 1)[-1]
-        namespace = node.rsplit("/", 1)[0]
         self.log = ReplayLog()
         # Reliable and deep: what is lost shall be lost by the node under test.
         qos = QoSProfile(
@@ -61,12 +59,8 @@ class Replayer(Peer):
         )
         self._images = self.node.create_publisher(CompressedImage if compressed else Image, image_topic, qos)
         # raw: a mask is stored as it comes and decoded after the replay, off the node's processor time
-        self._masks = self.node.create_subscription(
-            Image, f"{namespace}/segmentation/mask", self._on_mask, qos, raw=True
-        )
-        self._timing = self.node.create_subscription(
-            DiagnosticArray, f"{namespace}/segmentation/timing", self._on_timing, qos
-        )
+        self._masks = self.node.create_subscription(Image, "segmentation/mask", self._on_mask, qos, raw=True)
+        self._timing = self.node.create_subscription(DiagnosticArray, "segmentation/timing", self._on_timing, qos)
         self._diagnostics = self.node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, qos)
 
     def ready(self, alive: Callable[[], None], timeout_s: float = DISCOVERY_TIMEOUT_S) -> None:
@@ -179,7 +173,7 @@ class Replayer(Peer):
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         for status in message.status:
-            if not status.name.startswith(self._node_name) or not status.name.endswith(": segmentation"):
+            if status.name != STATUS:
                 continue
             values = _numbers(status)
             if "received" in values:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 
@@ -117,7 +118,7 @@ class Rig:
         except Exception:
             self._forget(camera)
             raise
-        self._node.get_logger().info(f"camera {source.name}: images from {topic}")
+        self._node.get_logger().info(f"camera {camera.name}: images from {topic}")
 
     def _forget(self, camera: Camera) -> None:
         assert self._scheduler is not None
@@ -133,6 +134,8 @@ class Rig:
                 f"the masks of {source.image} would go to {mask}, as those of {rival.image_topic} do; give the cameras "
                 "names in the parameter cameras, and remap NAME/image to their topics"
             )
+        if any(camera.name == source.name for camera in self.cameras):  # /top and /top/image are both called top
+            source = replace(source, name=source.image)
         camera = Camera(self._watch, source, self._transport, self._classes, self._superpixels)
         camera.outputs.publish_labels(self._node.get_clock().now().to_msg())
         self.cameras.append(camera)

@@ -29,7 +29,7 @@ from sparserefine_ros.node.budget import BUDGET_PARAMETERS, budget_values, make_
 from sparserefine_ros.node.camera import Camera
 from sparserefine_ros.node.declare import current, declare, on_change
 from sparserefine_ros.node.device_health import device_health, free_memory
-from sparserefine_ros.node.logs import RosHandler
+from sparserefine_ros.node.logs import RosHandler, Throttle
 from sparserefine_ros.node.model import LOADING, Announce, number_or_none, start_segmenter
 from sparserefine_ros.node.parameters import BY_NAME, Value
 from sparserefine_ros.node.qos import QosWatch
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from sparserefine_ros.segmenter.segmenter import Segmenter
 
 LABELS_EVERY = 10  # diagnostics between two repetitions of the class list
+COMPLAIN_EVERY_S = 30.0  # in the log, about the same camera's lost images
 POLL_S = 0.1
 HAND_OVER_S = 0.0001
 """After a frame's receipt the executor's thread rests, so that the worker has the GIL at once. Else it would wait until
@@ -76,6 +77,7 @@ class SegmentNode(LifecycleNode):
         self._rig: Rig | None = None
         self._qos = QosWatch(self)
         self._lossy = loses_images(get_rmw_implementation_identifier())
+        self._due = Throttle(COMPLAIN_EVERY_S)
         on_change(self, self._change)
         self._reporter = Reporter(self)
         self._ticks = 0
@@ -312,9 +314,9 @@ class SegmentNode(LifecycleNode):
         worker, segmenter = self._worker, self._segmenter
         help_text = remedy() if self._lossy else ""
         cameras = {c: c.status(worker.scheduler.waiting(c) if worker else 0, help_text) for c in self.cameras}
-        complaints = [status.complaint for status in cameras.values() if status.complaint]
-        if complaints and self._lossy and self._state == "active":
-            self.get_logger().warning(complaints[0], throttle_duration_sec=30.0)
+        for camera, its in cameras.items():
+            if its.complaint and self._lossy and self._state == "active" and self._due(camera.image_topic):
+                self.get_logger().warning(f"{camera.image_topic}: {its.complaint}")
         trouble = self._state
         if self._state == "active":
             # An engine for frames of another size than the bundle's is built when the first one comes.

@@ -22,6 +22,7 @@ from sparserefine_ros.node.budget import unaffordable
 from sparserefine_ros.node.camera import Camera
 from sparserefine_ros.node.cdr import read_message
 from sparserefine_ros.node.conversion import to_rgb
+from sparserefine_ros.node.logs import Throttle
 from sparserefine_ros.node.mask_transport import at_scale, scaled_size, shrink
 from sparserefine_ros.node.model import is_out_of_memory
 from sparserefine_ros.node.percentiles import StageWindow
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from sparserefine_ros.segmenter.latency_budget import LatencyBudget
     from sparserefine_ros.segmenter.segmenter import Choose, Segmentation, Segmenter
 
-QUIET_S = 5.0  # at most one warning of a kind in this time
+QUIET_S = 5.0  # at most one warning of a kind, and of a camera, in this time
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Worker:
         self.opacity, self.scale, self.budget = opacity, scale, budget
         self.unaffordable = ""  # why the last frame was left dense by the budget, if it was
         self.stages = StageWindow()
-        self._logger, self._ok = logger, ok
+        self._logger, self._ok, self._due = logger, ok, Throttle(QUIET_S)
         self._open: set[Camera] = set()  # whose frame of the batch in work is not counted yet
         self._thread = threading.Thread(target=self._work, name="segment")
         self._thread.start()
@@ -117,9 +118,8 @@ class Worker:
                 return None
             self._open.discard(camera)
             camera.counters.add(malformed=1)
-            self._logger.warning(
-                f"malformed frame on {camera.image_topic} skipped: {error}", throttle_duration_sec=QUIET_S
-            )
+            if self._due(("malformed", camera)):
+                self._logger.warning(f"malformed frame on {camera.image_topic} skipped: {error}")
             return None
         self.scheduler.measured(camera, (image.shape[0], image.shape[1]))
         return Frame(camera, receipt, message.header, image, start, time.perf_counter())
@@ -151,15 +151,16 @@ class Worker:
         if camera in self._open:  # else its mask is out
             self._open.remove(camera)
             camera.counters.add(failed=1)
-        self._logger.error(f"frame of {camera.image_topic} skipped, {why}", throttle_duration_sec=QUIET_S)
+        if self._due(("failed", camera)):
+            self._logger.error(f"frame of {camera.image_topic} skipped, {why}")
 
     def _choose(self, budget: LatencyBudget, frames: list[Frame], entropy: np.ndarray, pixels: int) -> float | None:
         """The threshold of a batch, by the age of its oldest frame."""
         spent_ms = _age_ms(frames)
         threshold = budget.choose(spent_ms, entropy, pixels)
         self.unaffordable = "" if threshold is not None else unaffordable(budget, spent_ms)
-        if self.unaffordable:
-            self._logger.warning(self.unaffordable, throttle_duration_sec=QUIET_S)
+        if self.unaffordable and self._due("budget"):
+            self._logger.warning(self.unaffordable)
         return threshold
 
     def _segment(self, frames: list[Frame], choose: Choose | None) -> list[Done]:
@@ -169,10 +170,10 @@ class Worker:
         try:
             return [Done(result) for result in segment([frame.image for frame in frames])]
         except Exception as error:
-            self._logger.warning(
-                f"a batch of {len(frames)} frames failed, each is tried alone: {type(error).__name__}: {error}",
-                throttle_duration_sec=QUIET_S,
-            )
+            if self._due("batch"):
+                self._logger.warning(
+                    f"a batch of {len(frames)} frames failed, each is tried alone: {type(error).__name__}: {error}"
+                )
         # Outside the handler: while it runs, the traceback keeps the failed attempt's tensors alive.
         return [self._segment_one(frame, segment) for frame in frames]
 
@@ -184,11 +185,11 @@ class Worker:
             if not is_out_of_memory(error):
                 return Done(None, error=error)
             height, width = frame.image.shape[:2]
-            self._logger.warning(
-                f"out of memory at {width} x {height}, frame segmented without refinement; raise entropy_threshold, "
-                "or free memory",
-                throttle_duration_sec=QUIET_S,
-            )
+            if self._due(("memory", height, width)):
+                self._logger.warning(
+                    f"out of memory at {width} x {height}, frame segmented without refinement; raise "
+                    "entropy_threshold, or free memory"
+                )
         try:
             return Done(self.segmenter.segment([frame.image], refine=False)[0], refined=False)
         except Exception as error:

@@ -20,15 +20,17 @@ from sparserefine_ros.datasets.base import Sample
 from sparserefine_ros.datasets.splits import load_split
 from sparserefine_ros.errors import TrainingError
 from sparserefine_ros.evaluation.calibration import calibrate_bundle
+from sparserefine_ros.networks.ensemblers import build_ensembler
 from sparserefine_ros.networks.registry import DENSE, REFINERS, build
 from sparserefine_ros.segmenter.bundle import Bundle, NetworkSpec, save_network
 from sparserefine_ros.segmenter.segmenter import Segmenter
 from sparserefine_ros.training.curves import draw_curves
 from sparserefine_ros.training.dense import DenseTask
+from sparserefine_ros.training.ensembler import EnsemblerTask
 from sparserefine_ros.training.loop import train
 from sparserefine_ros.training.pointrend import PointRendTask
 from sparserefine_ros.training.pretrained import start_encoder
-from sparserefine_ros.training.recipe import Recipe, StageRecipe
+from sparserefine_ros.training.recipe import STAGES, Recipe, StageRecipe
 from sparserefine_ros.training.refiner import RefinerTask
 
 TASKS: dict[str, type[RefinerTask]] = {"sparserefine": RefinerTask, "pointrend": PointRendTask}
@@ -53,18 +55,25 @@ def train_bundle(recipe: Recipe, data: Path | None, runs: Path, folder: Path, de
     if recipe.refiner:
         _, refiner_frames = load_split(recipe.dataset, "refiner", data)
         refiner = _build(REFINERS, recipe, recipe.refiner, len(classes))
+        dense = Segmenter(bundle, str(device)).dense
+        setting = (recipe.scale, bundle.entropy_threshold, device)
         task = TASKS[recipe.refiner.network](
-            refiner, Segmenter(bundle, str(device)).dense, classes, refiner_frames, val_frames, recipe.refiner,
-            recipe.scale, bundle.entropy_threshold, device,
+            refiner, dense, classes, refiner_frames, val_frames, recipe.refiner, *setting
         )  # fmt: skip
         origin = {"dataset": recipe.dataset, "recall": recipe.recall, "dense": bundle.dense.sha256}
         refiner = train(task, recipe.refiner, runs, "refiner", recipe.seed, device, origin)
+        provenance = {**bundle.provenance, "refiner": stage_summary(recipe.refiner)}
+        if recipe.ensembler:
+            origin["refiner"] = _digest(refiner)
+            torch.manual_seed(recipe.seed)
+            refiner.ensembler = build_ensembler(recipe.ensembler.network, len(classes))
+            task = EnsemblerTask(refiner, dense, classes, refiner_frames, val_frames, recipe.ensembler, *setting)
+            refiner.ensembler = train(task, recipe.ensembler, runs, "ensembler", recipe.seed, device, origin)
+            provenance["ensembler"] = stage_summary(recipe.ensembler)
         spec = _save(folder, refiner, recipe.refiner, "refiner.safetensors")
-        bundle = replace(
-            bundle, refiner=spec, provenance={**bundle.provenance, "refiner": stage_summary(recipe.refiner)}
-        )
+        bundle = replace(bundle, refiner=spec, provenance=provenance)
         bundle.save()
-    for name in (name for name in ("dense", "low", "native", "refiner") if getattr(recipe, name)):
+    for name in (name for name in STAGES if getattr(recipe, name)):
         draw_curves(runs / f"{name}.jsonl", folder / f"{name}_training.png")
     return bundle
 
@@ -75,7 +84,7 @@ def copy_dense(bundle: Bundle, folder: Path) -> Bundle:
     for spec in (bundle.dense, bundle.native):
         if spec:
             shutil.copyfile(bundle.path / spec.weights, folder / spec.weights)
-    kept = {key: value for key, value in bundle.provenance.items() if key != "refiner"}
+    kept = {key: value for key, value in bundle.provenance.items() if key not in ("refiner", "ensembler")}
     return replace(bundle, path=folder, name=folder.name, refiner=None, provenance=kept)
 
 

@@ -24,9 +24,8 @@ from typing import Any
 import torch
 from rich.progress import track
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from sparserefine_ros.datasets.base import UNLABELLED, Sample
+from sparserefine_ros.datasets.base import Sample
 from sparserefine_ros.errors import TrainingError
 from sparserefine_ros.evaluation.calibration import DensityRecall, density_recall, draw
 from sparserefine_ros.evaluation.compare import HR, LR
@@ -59,11 +58,8 @@ class DistillTask(RefinerTask):
 
     def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         """Cross-entropy of the final logits alone: the sparse branch is a correction and need not stand by itself."""
-        images, lows, labels = batch
-        _, ensembled, target, _ = self._refine(module, images, lows, labels)
-        if not bool((target != UNLABELLED).any()):
-            return ensembled.sum() * 0.0  # nothing selected: no gradient, but still a graph
-        return F.cross_entropy(ensembled.float(), target, self.weights, ignore_index=UNLABELLED)
+        _, ensembled, target, _ = self._refine(module, *batch)
+        return self._cross_entropy(target, ensembled)
 
     @torch.inference_mode()
     def validate(self, module: nn.Module) -> dict[str, float]:

@@ -48,6 +48,10 @@ class StageRecipe:
         _check(self, "args", "a mapping", lambda v: isinstance(v, Mapping))
 
 
+STAGES = ("dense", "low", "native", "refiner", "ensembler")
+"""The sections of a recipe that are trained, in their order."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One bundle: its data, its dense segmenter and, where it has one, its refiner.
@@ -62,6 +66,7 @@ class Recipe:
     encoder: str | None = None  # what its encoder starts from: a bundle, or a file of timm's weights for that of timm
     bundle: str | None = None  # a bundle whose dense segmenter, threshold and HR baseline this one has
     refiner: StageRecipe | None = None
+    ensembler: StageRecipe | None = None  # the refiner's ensembler, trained anew on the finished sparse branch
     low: StageRecipe | None = None  # the dense network tuned further at low resolution
     native: StageRecipe | None = None  # the dense network tuned further at native resolution: the HR baseline
     recall: float = 0.8  # the share of wrong pixels that the entropy threshold is calibrated for (appendix A1)
@@ -74,6 +79,13 @@ class Recipe:
             raise TrainingError(
                 f"recipe takes bundle {self.bundle!r} as it is; give a refiner, no encoder, no low, no native"
             )
+        if self.ensembler:
+            gated = self.refiner is not None and self.refiner.args.get("ensembler", "gated") == "gated"
+            if self.ensembler.network != "gated" or not gated:
+                raise TrainingError(
+                    f"section 'ensembler' trains {self.ensembler.network!r}; only gated has something to learn: give "
+                    "network: gated, and a refiner with that ensembler"
+                )
         _check(self, "name", "a name for its folders", lambda v: isinstance(v, str) and Path(v).name == v)
         _check(self, "dataset", "a mapping, see config/train", lambda v: isinstance(v, Mapping))
         for name in ("scale", "recall"):
@@ -93,7 +105,7 @@ class Recipe:
             raise TrainingError(f"cannot read recipe {path}: {error}") from error
         if not isinstance(data, dict):
             raise TrainingError(f"recipe {path} holds {type(data).__name__}; expected a mapping, see config/train")
-        stages = {key: _stage(path, key, data[key]) for key in ("dense", "low", "native", "refiner") if key in data}
+        stages = {key: _stage(path, key, data[key]) for key in STAGES if key in data}
         return _fill(Recipe, path, {**data, **stages})
 
 

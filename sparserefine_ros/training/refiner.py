@@ -63,14 +63,14 @@ class RefinerTask:
 
     def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         """Cross-entropy of the refined and of the ensembled logits, selected pixels only, weight 1 each."""
-        images, lows, labels = batch
-        refined, ensembled, target, _ = self._refine(module, images, lows, labels)
+        refined, ensembled, target, _ = self._refine(module, *batch)
+        return self._cross_entropy(target, refined) + self._cross_entropy(target, ensembled)
+
+    def _cross_entropy(self, target: Tensor, logits: Tensor) -> Tensor:
+        """Of ``logits`` [N, K] and labels [N]; 0 where there are none: no gradient, but still a graph."""
         if not bool((target != UNLABELLED).any()):
-            return (refined.sum() + ensembled.sum()) * 0.0  # nothing selected: no gradient, but still a graph
-        return sum(
-            (F.cross_entropy(y.float(), target, self.weights, ignore_index=UNLABELLED) for y in (refined, ensembled)),
-            torch.zeros((), device=self.device),
-        )
+            return logits.sum() * 0.0
+        return F.cross_entropy(logits.float(), target, self.weights, ignore_index=UNLABELLED)
 
     def _refine(
         self, module: nn.Module, images: Tensor, lows: Tensor, labels: Tensor
