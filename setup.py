@@ -77,7 +77,7 @@ setup(
         "torch>=2.4",
         "rosbags>=0.11",
         "matplotlib>=3.5",
-        "rich>=12",
+        "rich>=11.2",
         "jinja2>=3",
     ],
     extras_require={

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -187,6 +188,20 @@ def test_measurements_that_cannot_be_are_refused(
 ) -> None:
     assert cli.main(["bench", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_figures_are_saved_though_nobody_reads_the_table(tmp_path: Path) -> None:
+    """`bench ... --json FILE | head`."""
+    code = "import sys; from sparserefine_ros.cli import main; sys.exit(main())"
+    words = ["bench", "pipeline", "--models", "hrnet-w48", "--params-only", "--json", str(tmp_path / "p.json")]
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "wb") as gone:
+        done = subprocess.run(
+            [sys.executable, "-u", "-c", code, *words], stdout=gone, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 0 and not done.stderr
+    assert json.loads((tmp_path / "p.json").read_text()) == {"params_m": {"hrnet-w48": 65.858659}}
 
 
 def test_the_table_of_a_card_is_replaced_or_added(tmp_path: Path) -> None:

@@ -183,3 +183,9 @@ def test_what_cannot_be_distilled(bundle: Bundle, tmp_path: Path, capsys: pytest
     for option, value in (("--recall", "0"), ("--scale", "1.5"), ("--epochs", "0"), ("--limit", "-1")):
         assert main([*arguments, option, value]) == 2
         assert f"{option}" in capsys.readouterr().err
+
+
+def test_summary_where_low_resolution_says_what_full_does() -> None:
+    rows = {HR: {"agreement": 1.0}, LR: {"agreement": 1.0}, REFINED: {"agreement": 1.0, "density": 0.1}}
+    text = summary({"frames": 3, "rows": {name: {**row, "miou": float("nan")} for name, row in rows.items()}})
+    assert "100.00% refined; there is no gap to close" in text and "nan" not in text

@@ -203,3 +203,12 @@ def test_comparison_without_a_refiner_has_two_rows(tiny_bundle: Path, samples: l
     assert list(both["rows"]) == [HR, LR] and list(both["ratios"]) == [LR]
     assert [both["rows"][name]["miou"] for name in (HR, LR)] == [whole["rows"][name]["miou"] for name in (HR, LR)]
     assert REFINED not in markdown(both)
+
+
+def test_what_was_not_measured_is_a_dash(tiny_bundle: Path, samples: list[Sample]) -> None:
+    """The first frames warm up; frames of nobody's have no labels."""
+    table = compare(Bundle.load(tiny_bundle), [samples[0]._replace(label=None)], "cpu")
+    text = markdown(table)
+    [row] = [line for line in text.splitlines() if line.startswith(f"| {LR} |")]
+    assert row.startswith(f"| {LR} | – | ") and row.endswith(" | – | – |")
+    assert "nan" not in text and "after 3 frames" in text

@@ -160,11 +160,16 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--models", "unet"], "'unet'; choose from hrnet-w48"),
         (["--size", "65x96"], "--size 65x96: give even numbers"),
-        (["--repeats", "0"], "give 0, 1 and 1 or more"),
+        (["--repeats", "0"], "--repeats is 0; give 1 or more"),
+        (["--warmup", "-1"], "give 0, 1 and 1 or more"),
         (["--sparse-backend", "x"], "'x' is unknown"),
+        (["--models", "tiny", "--precisions", "fp32", "bf16", "--sparse-backend", "cpu"], "cannot run on cpu"),
     ],
 )
-def test_command_refuses(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_refuses_before_it_measures(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "measure", lambda *_: pytest.fail("measured"))
     assert main(["bench", "pipeline", "--device", "cpu", *words]) == 2
     assert message in capsys.readouterr().err
 

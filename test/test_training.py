@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,21 +154,39 @@ def test_the_command_ends_in_one_line(
         assert message in capsys.readouterr().err
 
 
-def test_a_disk_that_is_full_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A limit on the size of files stands for the disk: writing beyond it fails."""
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Stands for a full disk: writing beyond so many bytes fails."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_is_full_when_the_bundle_is_written(tmp_path: Path) -> None:
+    module = CompactSegmenter(11, **TINY.args)
+    before = bundle_module._save(tmp_path, module, TINY, "dense.safetensors")
+    size = (tmp_path / "dense.safetensors").stat().st_size
+    with (
+        files_of_at_most(size // 2),
+        pytest.raises(TrainingError, match="cannot write .*dense.safetensors: .*its training is done"),
+    ):
+        bundle_module._save(tmp_path, module, TINY, "dense.safetensors")
+    assert bundle_module._save(tmp_path, module, TINY, "dense.safetensors") == before
+
+
+def test_a_disk_that_is_full_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     once = replace(TINY, epochs=1)
     train(task(once), once, tmp_path, "dense", 0, CPU)
     before = (tmp_path / "dense.ckpt").read_bytes()
     state = torch.load(tmp_path / "dense.ckpt", weights_only=True)
     torch.save({**state, "step": 0}, tmp_path / "dense.ckpt")
     unfinished = (tmp_path / "dense.ckpt").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
-    try:
-        with pytest.raises(TrainingError, match=r"cannot write the checkpoint .*dense.ckpt: .*; make room"):
-            train(task(once), once, tmp_path, "dense", 0, CPU)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    full = pytest.raises(TrainingError, match=r"cannot write the checkpoint .*dense.ckpt: .*; make room")
+    with files_of_at_most(len(before) // 2), full:
+        train(task(once), once, tmp_path, "dense", 0, CPU)
     assert (tmp_path / "dense.ckpt").read_bytes() == unfinished
     assert not (tmp_path / "dense.partial").exists()
     (tmp_path / "dense.ckpt").write_bytes(before[: len(before) // 2])
@@ -309,6 +328,8 @@ def test_class_weights_are_median_over_frequency() -> None:
     sample = Sample(np.zeros((1, 10, 3), np.uint8), label, "", 0)
     assert class_weights([sample], 4, 1.0).tolist() == pytest.approx([0.5, 1.0, 3.0, 1.0])
     assert class_weights([sample], 4, 0.0).tolist() == [1.0] * 4
+    with pytest.raises(TrainingError, match="not one pixel of the 1 training frames has a class"):
+        class_weights([sample._replace(label=np.full((1, 10), UNLABELLED, np.uint8))], 4, 1.0)
 
 
 def test_views_keep_image_and_label_together() -> None:
@@ -434,6 +455,9 @@ def test_camvid_reader(camvid: Path) -> None:
 def test_camvid_reader_says_what_is_wrong(camvid: Path) -> None:
     with pytest.raises(DatasetError, match="no frames in .*nowhere"):
         CamVid(camvid / "nowhere")
+    cv2.imwrite(str(camvid / "val" / "label" / "f1.png"), np.zeros((12, 16), np.uint8))
+    with pytest.raises(DatasetError, match="f1.png is 16x12, its frame 8x6; resize the labels"):
+        CamVid(camvid, "val")[0]
     cv2.imwrite(str(camvid / "val" / "label" / "f1.png"), np.full((6, 8), 30, np.uint8))
     with pytest.raises(DatasetError, match="largest id 30.*0-11"):
         CamVid(camvid, "val")[0]

@@ -191,10 +191,14 @@ def main() -> None:
     if args.memory_of:
         print(_own_peak(Case(**args.case), args.memory_of))
         return
+    if args.repeats < 1:
+        parser.error(f"--repeats is {args.repeats}; give 1 or more")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     result = measure(Case(device=args.device), args.repeats)
-    print(markdown(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(markdown(result))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 from sparserefine_ros.datasets.base import Sample
 from sparserefine_ros.errors import ParameterError
-from sparserefine_ros.evaluation.compare import HR, LR, REFINED, compare_segmenters
+from sparserefine_ros.evaluation.compare import HR, LR, REFINED, WARM_UP, compare_segmenters, figure
 from sparserefine_ros.networks.registry import REFINERS, build
 from sparserefine_ros.segmenter.bundle import Bundle, NetworkSpec, save_network
 from sparserefine_ros.segmenter.segmenter import Segmenter
@@ -84,15 +84,15 @@ def markdown(table: dict[str, Any]) -> str:
         ratio = table["ratios"].get(name, {"macs": 1.0, "time": 1.0})
         density = f"{row['density']:.1%}" if "density" in row else "–"
         lines.append(
-            f"| {name} | {100 * row['miou']:.2f} | {row['agreement']:.1%} | {density} | {row['macs_g']:.2f} "
-            f"| {ratio['macs']:.2f} | {ratio['time']:.2f} | {row['ms']:.0f} |"
+            f"| {name} | {figure(100 * row['miou'])} | {row['agreement']:.1%} | {density} | {figure(row['macs_g'])} "
+            f"| {figure(ratio['macs'])} | {figure(ratio['time'])} | {figure(row['ms'], 0)} |"
         )
     height, width = table["size"]
     lines += [
         "",
         f"{table['bundle']}, {table['frames']} frames of {width}x{height}, threshold {table['threshold']:.4f} nats, "
         f"{table['device']} with {table['threads']} threads, {table['precision']}, torch {table['torch']}; medians of "
-        "one interleaved run, from camera pixels to mask.",
+        f"one interleaved run after {WARM_UP} frames, from camera pixels to mask.",
     ]
     return "\n".join(lines)
 

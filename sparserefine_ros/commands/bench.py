@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
 
 def run_bundle(args: argparse.Namespace) -> int:
     from sparserefine_ros.datasets.splits import load_split
-    from sparserefine_ros.evaluation.compare import compare, markdown, save_json
+    from sparserefine_ros.evaluation.compare import compare, markdown
     from sparserefine_ros.segmenter.bundle import Bundle
 
     bundle = Bundle.load(args.model)
@@ -167,12 +167,9 @@ def run_bundle(args: argparse.Namespace) -> int:
     _, samples = load_split(bundle.provenance.get("dataset", {}), "val", args.data)
     table = compare(bundle, samples[: args.frames], args.device, args.precision, args.entropy_threshold)
     text = markdown(table)
-    print(text)
-    if args.json:
-        save_json(table, args.json)
     if args.card:
         write_card(bundle.path / "README.md", text)
-    return 0
+    return _finish(table, text, args)
 
 
 def run_peers(args: argparse.Namespace) -> int:
@@ -233,12 +230,11 @@ def run_sparse(args: argparse.Namespace) -> int:
     result = measure(case, backends, args.repeats, peers=not args.no_peers)
     if no_triton and device.type == "cuda":
         result["missing"]["triton"] = no_triton
-    print(markdown(result))
+    _finish(result, markdown(result), args)
     if args.plot:
         result["sweep"] = sweep(case, backends[0], max(1, args.repeats // 2))
-    if args.json:
-        save_json(result, args.json)
-    if args.plot:
+        if args.json:
+            save_json(result, args.json)
         draw(result, result["sweep"], args.plot)
     return 0
 
@@ -262,7 +258,7 @@ def run_pipeline(args: argparse.Namespace) -> int:
     from sparserefine_ros.benchmarks.paper_models import MODELS, params_m
     from sparserefine_ros.benchmarks.pipeline import Setting, markdown, measure
     from sparserefine_ros.errors import ParameterError
-    from sparserefine_ros.segmenter.segmenter import pick_device
+    from sparserefine_ros.segmenter.segmenter import PRECISIONS, pick_device
     from sparserefine_ros.sparse.backends import pick_backend
 
     names = args.models or list(MODELS)
@@ -293,9 +289,11 @@ def run_pipeline(args: argparse.Namespace) -> int:
         raise ParameterError(f"--warmup {warmup} --repeats {repeats} --batches {batches}: give 0, 1 and 1 or more")
     if args.graph and not cuda:
         raise ParameterError(f"--graph is for CUDA, but the device is {device}; leave it out")
-    pick_backend(args.sparse_backend, device)
+    precisions = args.precisions or ["fp16" if cuda else "fp32"]
+    for precision in precisions:  # before minutes are spent on the first
+        pick_backend(args.sparse_backend, device, PRECISIONS[precision])
     setting = Setting(args.size, device, warmup, repeats, args.stride, args.sparse_backend, args.graph)
-    result = measure(names, setting, args.precisions or ["fp16" if cuda else "fp32"], batches)
+    result = measure(names, setting, precisions, batches)
     if not result["models"]:
         raise ParameterError("; ".join(dict.fromkeys(result["missing"].values())))
     return _finish(result, markdown(result), args)
@@ -332,32 +330,30 @@ def run_node(args: argparse.Namespace) -> int:
 def run_budget(args: argparse.Namespace) -> int:
     from sparserefine_ros.benchmarks import budget_live, budget_simulation
     from sparserefine_ros.errors import ParameterError
-    from sparserefine_ros.evaluation.compare import save_json
 
     if args.simulate:
         if args.plot:
             raise ParameterError("--plot draws what the live node did; leave it or --simulate out")
         result = budget_simulation.compare()
-        print(budget_simulation.markdown(result))
+        table = budget_simulation.markdown(result)
     else:
         if not all(0 < number < math.inf for number in (args.rate, 1.0 if args.budget is None else args.budget)):
             raise ParameterError(f"--rate {args.rate:g} --budget {args.budget}: give numbers above 0")
         result = budget_live.measure(args.model, args.bag, args.size, args.rate, args.budget)
-        print(budget_live.markdown(result))
-    if args.json:
-        save_json(result, args.json)
+        table = budget_live.markdown(result)
+    _finish(result, table, args)
     if args.plot:
         budget_live.draw(result, args.plot)
     return 0
 
 
 def _finish(result: dict[str, Any], table: str, args: argparse.Namespace) -> int:
-    """Prints the table, saves the result where asked to, and gives the command's status."""
+    """Saves the result where asked to, prints the table, and gives the command's status."""
     from sparserefine_ros.evaluation.compare import save_json
 
-    print(table)
-    if args.json:
+    if args.json:  # first: whoever reads the table may leave, as `head` does
         save_json(result, args.json)
+    print(table)
     return 0
 
 

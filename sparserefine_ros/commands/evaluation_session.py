@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sparserefine_ros.commands.evaluate import SEGMENTER_PARAMETERS
 from sparserefine_ros.datasets.base import Sample
@@ -66,7 +66,7 @@ def evaluate(options: Options, console: Console) -> dict[str, Any]:
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            TextColumn("{task.completed}/{task.total}"),
             TimeElapsedColumn(),
             console=console,
             transient=True,

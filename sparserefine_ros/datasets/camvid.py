@@ -51,6 +51,12 @@ class CamVid:
                 f"{self.labels[index]} has shape {label.shape} and largest id {int(label.max())}; "
                 f"expected one channel with ids 0-{VOID}"
             )
+        if label.shape != image.shape[:2]:
+            raise DatasetError(
+                f"{self.labels[index]} is {label.shape[1]}x{label.shape[0]}, its frame "
+                f"{image.shape[1]}x{image.shape[0]}; resize the labels by nearest neighbour, or take "
+                "the frames that belong to them"
+            )
         label[label == VOID] = UNLABELLED
         image = np.ascontiguousarray(image[..., ::-1])  # OpenCV reads BGR
         return Sample(image, label, self.images[index].stem, round(index * 1e9 / self.fps))

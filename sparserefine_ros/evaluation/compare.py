@@ -130,13 +130,13 @@ def markdown(table: dict[str, Any]) -> str:
         ratio = table["ratios"].get(name, {"macs": 1.0, "time": 1.0})
         extra = [f"{row[key]:.1%}" if key in row else "–" for key in ("density", "recall")]
         lines.append(
-            f"| {name} | {100 * row['miou']:.2f} | {row['agreement']:.1%} | {extra[0]} | {extra[1]} "
-            f"| {row['macs_g']:.2f} | {ratio['macs']:.2f} | {ratio['time']:.2f} | {row['ms']:.0f} |"
+            f"| {name} | {figure(100 * row['miou'])} | {row['agreement']:.1%} | {extra[0]} | {extra[1]} "
+            f"| {figure(row['macs_g'])} | {figure(ratio['macs'])} | {figure(ratio['time'])} | {figure(row['ms'], 0)} |"
         )
     lines += ["", "| IoU | " + " | ".join(rows) + " |", "|---|" + "---|" * len(rows)]
     for name in rows[HR]["iou"]:
         values = [row["iou"][name] for row in rows.values()]
-        lines.append(f"| {name} | " + " | ".join("–" if math.isnan(v) else f"{100 * v:.1f}" for v in values) + " |")
+        lines.append(f"| {name} | " + " | ".join(figure(100 * v, 1) for v in values) + " |")
     height, width = table["size"]
     lines += [
         "",
@@ -147,6 +147,11 @@ def markdown(table: dict[str, Any]) -> str:
         "frame's own ratio.",
     ]
     return "\n".join(lines)
+
+
+def figure(value: float, digits: int = 2) -> str:
+    """A number for a table; a dash for nan, as where no frame was left to be timed, or none had labels."""
+    return "–" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def save_json(table: dict[str, Any], file: Path) -> None:

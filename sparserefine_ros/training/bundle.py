@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from sparserefine_ros import __version__
@@ -21,7 +22,7 @@ from sparserefine_ros.errors import TrainingError
 from sparserefine_ros.evaluation.calibration import calibrate_bundle
 from sparserefine_ros.networks.ensemblers import build_ensembler
 from sparserefine_ros.networks.registry import DENSE, REFINERS, build
-from sparserefine_ros.segmenter.bundle import Bundle, save_network
+from sparserefine_ros.segmenter.bundle import Bundle, NetworkSpec, save_network
 from sparserefine_ros.segmenter.segmenter import Segmenter
 from sparserefine_ros.training.curves import draw_curves
 from sparserefine_ros.training.dense import DenseTask
@@ -69,7 +70,7 @@ def train_bundle(recipe: Recipe, data: Path | None, runs: Path, folder: Path, de
             task = EnsemblerTask(refiner, dense, classes, refiner_frames, val_frames, recipe.ensembler, *setting)
             refiner.ensembler = train(task, recipe.ensembler, runs, "ensembler", recipe.seed, device, origin)
             provenance["ensembler"] = stage_summary(recipe.ensembler)
-        spec = save_network(folder, refiner, recipe.refiner.network, recipe.refiner.args, "refiner.safetensors")
+        spec = _save(folder, refiner, recipe.refiner, "refiner.safetensors")
         bundle = replace(bundle, refiner=spec, provenance=provenance)
         bundle.save()
     for name in (name for name in STAGES if getattr(recipe, name)):
@@ -122,7 +123,7 @@ def _train_dense(
         dense = train(dense_task, recipe.low, runs, "low", recipe.seed, device, started)
     bundle = Bundle(
         path=folder, name=recipe.name, classes=classes, scale=recipe.scale, native_size=(height, width),
-        dense=save_network(folder, dense, recipe.dense.network, recipe.dense.args, "dense.safetensors"),
+        dense=_save(folder, dense, recipe.dense, "dense.safetensors"),
         provenance={
             "version": __version__, "torch": str(torch.__version__), "device": _device_name(device),
             "seed": recipe.seed, "dataset": recipe.dataset,
@@ -137,7 +138,7 @@ def _train_dense(
         native, started = copy.deepcopy(dense), {**origin, "start": _digest(dense)}
         native_task = DenseTask(native, classes, train_frames, val_frames, recipe.native, 1.0, device)
         native = train(native_task, recipe.native, runs, "native", recipe.seed, device, started)
-        spec = save_network(folder, native, recipe.native.network, recipe.native.args, "native.safetensors")
+        spec = _save(folder, native, recipe.native, "native.safetensors")
         bundle = replace(bundle, native=spec, provenance={**bundle.provenance, "native": stage_summary(recipe.native)})
         bundle.save()
     return bundle
@@ -155,6 +156,17 @@ def _build(table: Mapping[str, Callable[..., Any]], recipe: Recipe, stage: Stage
         return build(table, stage.network, num_classes, stage.args)
     except ValueError as error:
         raise TrainingError(f"recipe {recipe.name!r}: {error}") from error
+
+
+def _save(folder: Path, module: nn.Module, stage: StageRecipe, file: str) -> NetworkSpec:
+    """As ``save_network``; TrainingError where the file cannot be written, as on a full disk."""
+    try:
+        return save_network(folder, module, stage.network, stage.args, file)
+    except SafetensorError as error:
+        raise TrainingError(
+            f"cannot write {folder / file}: {error}; make room for it and give the same command again: its training is "
+            "done"
+        ) from error
 
 
 def _digest(module: nn.Module) -> str:

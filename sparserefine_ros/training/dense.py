@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from sparserefine_ros.datasets.base import UNLABELLED, Sample
 from sparserefine_ros.datasets.classes import ClassList
+from sparserefine_ros.errors import TrainingError
 from sparserefine_ros.evaluation.metrics import ConfusionMatrix
 from sparserefine_ros.segmenter.preprocess import low_resolution_size, normalise, resize
 from sparserefine_ros.training.augment import random_view
@@ -83,12 +84,17 @@ def hardest_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, share
 
 
 def class_weights(samples: Sequence[Sample], num_classes: int, power: float) -> Tensor:
-    """Weights [K]: (median frequency / frequency) ** power; rare classes count more, absent ones 1."""
+    """Weights [K]: (median frequency / frequency) ** power; rare classes count more, absent ones 1.
+
+    Raises TrainingError where no pixel of ``samples`` is labelled: there is nothing to learn from.
+    """
     counts = np.zeros(num_classes, np.float64)
     for sample in samples:
         assert sample.label is not None
         counts += np.bincount(sample.label.ravel(), minlength=256)[:num_classes]
     present = counts > 0
+    if not present.any():
+        raise TrainingError(f"not one pixel of the {len(samples)} training frames has a class; check the labels")
     weights = np.ones(num_classes, np.float32)
     weights[present] = (np.median(counts[present]) / counts[present]) ** power
     return torch.from_numpy(weights)

@@ -178,7 +178,7 @@ def summary(table: dict[str, Any]) -> str:
     lines = [
         f"{table['frames']} held-out frames, {refined['density']:.1%} of the pixels refined",
         f"agreement with full resolution: {before:.2%} at low resolution, {after:.2%} refined; "
-        f"{gap_closed(before, after):.0%} of the gap closed",
+        + (f"{gap_closed(before, after):.0%} of the gap closed" if before < 1 else "there is no gap to close"),
     ]
     if not math.isnan(rows[HR]["miou"]):
         lines.append("mIoU: " + ", ".join(f"{name} {100 * row['miou']:.2f}" for name, row in rows.items()))

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -75,7 +75,7 @@ def train(
         return task.batch(np.random.default_rng((seed, at)))
 
     bar = Progress(
-        TextColumn(f"[bold]{name}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+        TextColumn(f"[bold]{name}"), BarColumn(), TextColumn("{task.completed}/{task.total} {task.fields[note]}"),
         TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with bar, _resumable(name, state), ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
