@@ -22,7 +22,8 @@ from sparserefine_ros.datasets.base import Sample
 from sparserefine_ros.datasets.classes import CAMVID
 from sparserefine_ros.errors import BundleError, ParameterError
 from sparserefine_ros.evaluation.compare import HR, LR, compare
-from sparserefine_ros.segmenter.bundle import Bundle
+from sparserefine_ros.networks.patches import PatchRefiner
+from sparserefine_ros.segmenter.bundle import Bundle, save_network
 from sparserefine_ros.segmenter.importing import REPORT, import_checkpoint
 from sparserefine_ros.segmenter.licences import UNKNOWN, find_licence
 from sparserefine_ros.segmenter.preprocess import normalise, resize
@@ -153,6 +154,10 @@ def test_a_file_of_one_size_runs_one_image_at_a_time(tmp_path: Path, frame: np.n
         np.testing.assert_allclose(result.low_entropy, torch.special.entr(wanted.softmax(1)).sum(1)[0], atol=1e-4)
     with pytest.raises(ParameterError, match="for images of 32x48 alone: it cannot run at scale 1.0; export it anew"):
         Segmenter(bundle, "cpu", scale=1.0)
+    args = {"size": 16}
+    patches = save_network(bundle.path, PatchRefiner(K, **args), "patches", args, "refiner.safetensors")
+    with pytest.raises(BundleError, match="'patches' shows .* parts of frames, .* 'mine' is an ONNX file for images"):
+        Segmenter(replace(bundle, refiner=patches), "cpu")
 
 
 def test_half_precision_files_keep_their_format(tmp_path: Path) -> None:
