@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from sparserefine_ros.cli import main as cli
 from sparserefine_ros.datasets.classes import CAMVID
 from sparserefine_ros.errors import BundleError
+from sparserefine_ros.networks.registry import DENSE
 from sparserefine_ros.segmenter.bundle import DECODERS, Bundle, default_bundle, find_bundle, model_folders
 from sparserefine_ros.segmenter.bundle_files import rehash
+from sparserefine_ros.segmenter.dense import load_registered
 from sparserefine_ros.segmenter.segmenter import Segmenter
 
 
@@ -260,3 +262,17 @@ def test_arguments_are_held_against_the_weights_before_memory_is_taken(copy: Pat
     with pytest.raises(BundleError, match=message):
         Segmenter(Bundle.load(copy), "cpu")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+
+
+def test_a_name_that_no_file_can_have(copy: Path) -> None:
+    with pytest.raises(BundleError, match="no bundle 'aaa.*File name too long; give another folder"):
+        Bundle.load(300 * "a")
+
+
+def test_numbers_of_eight_bits_are_read(copy: Path) -> None:
+    state = load_file(copy / "dense.safetensors")
+    state["classifier.weight"] = state["classifier.weight"].to(torch.float8_e4m3fn)
+    save_file(state, copy / "dense.safetensors")
+    rehash(copy)
+    network = load_registered(Bundle.load(copy), Bundle.load(copy).dense, DENSE)
+    assert torch.equal(network.classifier.weight, state["classifier.weight"].float())

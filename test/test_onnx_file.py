@@ -300,6 +300,10 @@ def test_it_teaches_a_refiner_of_its_own(tmp_path: Path, frame: np.ndarray) -> N
         ),
         ("# Model\n---\nlicense: mit\n---\n", ""),
         ("---\nlicense: [\n---\n", ""),
+        ("---\nlicense: mit\ndate: 2023-02-30\n---\n", ""),  # PyYAML's own ValueError
+        ("---\na: &a [x, x]\nlicense: *a\n---\n", ""),  # aliases to aliases would print as gigabytes
+        ("---\nlicense: " + 1000 * "[", ""),
+        ("---\nlicense: " + 100_000 * "[" + "\n---\n", ""),
     ],
 )
 def test_licences_of_the_hubs_cards(head: str, found: str, tmp_path: Path) -> None:
