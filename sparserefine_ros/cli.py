@@ -30,7 +30,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one sub-command; a SparseRefineError becomes one line on standard error and exit status 2."""
+    """Runs one sub-command; a SparseRefineError or OSError becomes one line on standard error and exit status 2."""
     parser = argparse.ArgumentParser(
         prog="sparserefine", description="Full-resolution semantic masks, sparsely refined."
     )
@@ -52,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: `sparserefine ... | head`
         return 0
+    except OSError as error:  # a full disk, a folder that may not be written to; it names the file
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from sparserefine_ros.cli import main
 from sparserefine_ros.errors import BundleError, FrameError, ParameterError
 from sparserefine_ros.networks.fused_unet import FusedUNet
 from sparserefine_ros.networks.refiner import SparseRefiner
@@ -266,3 +268,25 @@ def test_images_that_the_dense_segmenter_does_not_take_cost_the_frame(tiny_bundl
     segmenter.dense = full  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match="can't allocate memory"):  # the node has an answer to that
         segmenter.segment([frame])
+
+
+def test_command_says_what_it_could_not_write(
+    tiny_bundle: Path, frame: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / name / "1.png" for name in ("left", "right")]
+    for file in files:
+        file.parent.mkdir()
+        cv2.imwrite(str(file), frame[..., ::-1])
+    words = ["segment", *map(str, files), "--model", str(tiny_bundle), "--output"]
+    assert main([*words, str(tmp_path / "out")]) == 2
+    assert "several images are called 1 but for folder or ending" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    del words[2]
+    assert main([*words, str(tmp_path / "out")]) == 0
+    assert f"-> {tmp_path / 'out' / '1_mask.png'}" in capsys.readouterr().out
+    found = cv2.imread(str(tmp_path / "out" / "1_mask.png"), cv2.IMREAD_UNCHANGED)
+    np.testing.assert_array_equal(found, Segmenter(Bundle.load(tiny_bundle), "cpu").segment([frame])[0].mask)
+    (tmp_path / "full" / "1_mask.png").mkdir(parents=True)
+    for folder in ("full", "left/1.png"):
+        assert main([*words, str(tmp_path / folder)]) == 2
+        assert folder in capsys.readouterr().err
