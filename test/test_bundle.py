@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+import sparserefine_ros
 from sparserefine_ros.cli import main as cli
 from sparserefine_ros.datasets.classes import CAMVID
 from sparserefine_ros.errors import BundleError
@@ -262,6 +263,15 @@ def test_arguments_are_held_against_the_weights_before_memory_is_taken(copy: Pat
     with pytest.raises(BundleError, match=message):
         Segmenter(Bundle.load(copy), "cpu")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+
+
+def test_a_data_set_of_that_name_here_does_not_hide_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "camvid" / "val").mkdir(parents=True)
+    (tmp_path / "frames").mkdir()
+    assert Bundle.load("camvid").path == Path(sparserefine_ros.__file__).parents[1] / "models" / "camvid"
+    with pytest.raises(BundleError, match="frames is no bundle: it has no model.yaml"):
+        Bundle.load("frames")
 
 
 def test_a_name_that_no_file_can_have(copy: Path) -> None:

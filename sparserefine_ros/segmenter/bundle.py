@@ -134,13 +134,13 @@ def find_bundle(name_or_path: str | Path) -> Path:
             return direct
     except OSError as error:  # a name too long, a folder that may not be looked into
         raise BundleError(f"no bundle {str(name_or_path)!r:.80}: {error.strerror}; give another folder") from error
-    if direct.is_dir():
-        raise BundleError(f"{direct} is no bundle: it has no model.yaml; give a folder that `sparserefine train` wrote")
     folders = model_folders()
     inside = bool(direct.parts) and not direct.is_absolute() and ".." not in direct.parts
     for folder in folders:
         if inside and (folder / direct / "model.yaml").is_file():
             return folder / direct
+    if direct.is_dir():
+        raise BundleError(f"{direct} is no bundle: it has no model.yaml; give a folder that `sparserefine train` wrote")
     known = sorted({p.parent.name for folder in folders if folder.is_dir() for p in folder.glob("*/model.yaml")})
     raise BundleError(
         f"no bundle {str(name_or_path)!r}; give a folder with a model.yaml, "
