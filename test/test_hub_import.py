@@ -194,6 +194,16 @@ def test_configurations_that_cannot_be_built(change: dict[str, Any], message: st
     assert not (tmp_path / "mine").exists()
 
 
+def test_a_bundle_is_not_written_over_its_checkpoint(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, SEGFORMER)
+    (folder / "README.md").write_text("theirs")
+    (folder / "dense.onnx").touch()
+    for file, name in ((folder, "hub"), (folder / "dense.onnx", "dense.onnx")):
+        with pytest.raises(BundleError, match=f"hub holds the checkpoint itself; .* another name, or move {name}"):
+            import_checkpoint(file, None, CAMVID, folder, SIZE)
+    assert (folder / "README.md").read_text() == "theirs"
+
+
 def test_two_classes_without_names(tmp_path: Path) -> None:
     """transformers writes what differs from its defaults, of which two classes are one."""
     pytest.importorskip("transformers", "5.23")

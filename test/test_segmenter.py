@@ -195,6 +195,8 @@ def test_a_frame_that_found_no_memory_leaves_the_next_one_whole(
         ({"precision": "int8"}, ParameterError, "'int8'.*fp32, fp16, bf16"),
         ({"sparse_backend": "cuda"}, ParameterError, "'cuda' is unknown.*auto, torch"),
         ({"device": "gpu7"}, ParameterError, "'gpu7'.*auto, cpu"),
+        ({"device": "mps"}, ParameterError, "'mps' is unknown.*auto, cpu"),
+        ({"device": "meta"}, ParameterError, "'meta' is unknown.*auto, cpu"),
         ({"device": "cuda:63"}, ParameterError, "'cuda:63'.*auto or cpu"),
         ({"scale": 0.0}, ParameterError, "scale 0.0.*above 0"),
         ({"entropy_threshold": 9.0}, ParameterError, "entropy_threshold 9.0"),

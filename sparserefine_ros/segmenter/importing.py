@@ -65,7 +65,7 @@ def import_checkpoint(
         network: a name of `mmseg_names.ARCHITECTURES`; None to tell it from the weights, and for a folder, whose
             config.json says what it is, and an ONNX file.
         classes: must have as many classes as the checkpoint.
-        folder: must not hold a bundle yet; its name becomes the bundle's.
+        folder: must hold neither a bundle nor ``file``; its name becomes the bundle's.
         native_size: (H, W) of the frames it is meant for; other sizes work too.
         scale: low resolution over native resolution.
         renames: applied before the architecture's own.
@@ -93,6 +93,8 @@ def import_checkpoint(
         bundle.provenance.update(hub=name, revision=file.name)
     if file.suffix == ".onnx" and network is not None:
         raise BundleError(f"{file} is an ONNX file, which says what it is; leave --network {network} out")
+    if folder.resolve() in (file.resolve(), file.resolve().parent):  # whose card, or weights, it would write over
+        raise BundleError(f"{folder} holds the checkpoint itself; give the bundle another name, or move {file.name}")
     licence = find_licence(file) if file.exists() else ""
     if file.suffix == ".onnx":
         bundle, report, found = _import_onnx(file, bundle)
