@@ -202,6 +202,9 @@ def test_a_bundle_is_not_written_over_its_checkpoint(tmp_path: Path) -> None:
         with pytest.raises(BundleError, match=f"hub holds the checkpoint itself; .* another name, or move {name}"):
             import_checkpoint(file, None, CAMVID, folder, SIZE)
     assert (folder / "README.md").read_text() == "theirs"
+    save_file({"segformer.a": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(BundleError, match="cannot tell.*; give its folder, whose config.json may say it, or --net"):
+        import_checkpoint(folder / "model.safetensors", None, CAMVID, tmp_path / "mine", SIZE)
 
 
 def test_two_classes_without_names(tmp_path: Path) -> None:

@@ -160,6 +160,26 @@ def test_a_file_of_one_size_runs_one_image_at_a_time(tmp_path: Path, frame: np.n
         Segmenter(replace(bundle, refiner=patches), "cpu")
 
 
+def test_functions_of_its_own_are_no_foreign_operators(tmp_path: Path, frame: np.ndarray) -> None:
+    """As torch's exporter of dynamo wrote its operators before it dissolved them."""
+    onnx = pytest.importorskip("onnx")
+    file = write(Own(), tmp_path / "own.onnx")
+    model = onnx.load(file)
+    [relu] = (node for node in model.graph.node if node.op_type == "Relu")
+    opset = [onnx.helper.make_opsetid("", 17)]
+    body = onnx.helper.make_node("Relu", ["x"], ["y"])
+    model.functions.append(onnx.helper.make_function("pkg.own", "MyRelu", ["x"], ["y"], [body], opset))
+    relu.op_type, relu.domain = "MyRelu", "pkg.own"
+    model.opset_import.append(onnx.helper.make_opsetid("pkg.own", 1))
+    onnx.save(model, tmp_path / "functions.onnx")
+    masks = [
+        Segmenter(import_checkpoint(given, None, CAMVID, tmp_path / given.stem, SIZE), "cpu").segment([frame])[0].mask
+        for given in (file, tmp_path / "functions.onnx")
+    ]
+    np.testing.assert_array_equal(*masks)
+    assert len(np.unique(masks[0])) > 1
+
+
 def test_half_precision_files_keep_their_format(tmp_path: Path) -> None:
     file = write(Own().half(), tmp_path / "own.onnx")
     bundle = import_checkpoint(file, None, CAMVID, tmp_path / "mine", SIZE, 0.5)

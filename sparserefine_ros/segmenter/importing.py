@@ -165,8 +165,9 @@ def _read(
     state = read_checkpoint(file)
     name = network or detect(state, renames)
     if name is None:
+        beside = " its folder, whose config.json may say it, or" if (file.parent / "config.json").is_file() else ""
         raise BundleError(
-            f"cannot tell from the weights of {file} what network they are for; give --network, one of "
+            f"cannot tell from the weights of {file} what network they are for; give{beside} --network, one of "
             f"{', '.join(ARCHITECTURES)}"
         )
     return name, file, state, ARCHITECTURES[name]
