@@ -200,14 +200,14 @@ class OnnxDense(nn.Module):
         return logits
 
     def _open(self, file: Path, size: tuple[int, int]) -> Any:
-        builds = self.wanted[0] == "tensorrt"
+        builds, engines = self.wanted[0] == "tensorrt", self.engines
         if builds:
-            self.engines.mkdir(parents=True, exist_ok=True)
-        what = f"TensorRT builds an engine of {file.name} for {size[0]}x{size[1]}, or reads it from {self.engines}"
+            # It knows an engine by the names in its graph alone: a network trained anew would run with its old weights.
+            engines = engines / hashlib.sha256(file.read_bytes()).hexdigest()[:24]
+            engines.mkdir(parents=True, exist_ok=True)
+        what = f"TensorRT builds an engine of {file.name} for {size[0]}x{size[1]}, or reads it from {engines}"
         with self.progress(what) if builds else nullcontext():
-            session = open_session(
-                self.runtime, file, self.wanted, self.strict, self.device, self.may_halve, self.engines
-            )
+            session = open_session(self.runtime, file, self.wanted, self.strict, self.device, self.may_halve, engines)
             if builds:  # the first run builds what opening did not
                 session.run(None, {self.source.input: np.zeros((1, 3, *size), NUMPY[self.source.dtype])})
         return session
