@@ -24,6 +24,7 @@ from sparserefine_ros.errors import BundleError, ParameterError
 from sparserefine_ros.evaluation.compare import HR, LR, compare
 from sparserefine_ros.networks.patches import PatchRefiner
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
+from sparserefine_ros.segmenter.bundle_files import rehash
 from sparserefine_ros.segmenter.importing import REPORT, import_checkpoint
 from sparserefine_ros.segmenter.licences import UNKNOWN, find_licence
 from sparserefine_ros.segmenter.preprocess import normalise, resize
@@ -158,6 +159,20 @@ def test_a_file_of_one_size_runs_one_image_at_a_time(tmp_path: Path, frame: np.n
     patches = save_network(bundle.path, PatchRefiner(K, **args), "patches", args, "refiner.safetensors")
     with pytest.raises(BundleError, match="'patches' shows .* parts of frames, .* 'mine' is an ONNX file for images"):
         Segmenter(replace(bundle, refiner=patches), "cpu")
+
+
+def test_nothing_runs_but_what_was_hashed(tmp_path: Path, frame: np.ndarray) -> None:
+    bundle = import_checkpoint(write(Own(), tmp_path / "own.onnx"), None, CAMVID, tmp_path / "mine", SIZE)
+    file, onnx = bundle.path / "dense.onnx", pytest.importorskip("onnx")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])  # after the bundle was loaded
+    with pytest.raises(BundleError, match="dense.onnx have sha256 .*, but .*model.yaml says"):
+        Segmenter(bundle, "cpu")
+    file.write_bytes(whole)
+    onnx.save_model(onnx.load(file), file, save_as_external_data=True, location="w.data", size_threshold=0)
+    rehash(bundle.path)
+    with pytest.raises(BundleError, match="cannot run .*dense.onnx: .*xternal"):  # no hash covers w.data
+        Segmenter(Bundle.load(bundle.path), "cpu")
 
 
 def test_functions_of_its_own_are_no_foreign_operators(tmp_path: Path, frame: np.ndarray) -> None:

@@ -110,7 +110,7 @@ def _given(
     try:
         source = GivenFile(
             bundle.path / spec.weights, spec.args["input"], spec.args["output"], FLOATS[spec.args["dtype"]],
-            bool(spec.args["one_image"]),
+            bool(spec.args["one_image"]), spec.sha256,
         )  # fmt: skip
     except KeyError as error:
         raise BundleError(
