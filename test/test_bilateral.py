@@ -78,3 +78,18 @@ def test_a_bundle_names_it_and_needs_no_weights(tiny_bundle: Path, frame: np.nda
 
     segmenter.entropy_threshold = math.log(11)  # nothing is that uncertain
     np.testing.assert_array_equal(segmenter.segment([frame])[0].mask, plain.mask)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"radius": -1}, {"radius": 1000}, {"radius": 2.5}, {"step": 0}, {"distance": 0.0}, {"colour": 0},
+        {"colour": math.nan}, {"initial": 1.5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_refuses(args: dict[str, float]) -> None:
+    """A bundle may say anything: what gives no mean, or takes all memory before the first frame, ends its loading."""
+    [(name, value)] = args.items()
+    with pytest.raises(ValueError, match=f"{name} {value}.*; give"):
+        BilateralRefiner(11, **args)

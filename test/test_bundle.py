@@ -14,11 +14,14 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+import sparserefine_ros
 from sparserefine_ros.cli import main as cli
 from sparserefine_ros.datasets.classes import CAMVID
 from sparserefine_ros.errors import BundleError
+from sparserefine_ros.networks.registry import DENSE
 from sparserefine_ros.segmenter.bundle import DECODERS, Bundle, default_bundle, find_bundle, model_folders
 from sparserefine_ros.segmenter.bundle_files import rehash
+from sparserefine_ros.segmenter.dense import load_registered
 from sparserefine_ros.segmenter.segmenter import Segmenter
 
 
@@ -273,3 +276,26 @@ def test_arguments_are_held_against_the_weights_before_memory_is_taken(copy: Pat
     with pytest.raises(BundleError, match=message):
         Segmenter(Bundle.load(copy), "cpu")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+
+
+def test_a_data_set_of_that_name_here_does_not_hide_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "camvid" / "val").mkdir(parents=True)
+    (tmp_path / "frames").mkdir()
+    assert Bundle.load("camvid").path == Path(sparserefine_ros.__file__).parents[1] / "models" / "camvid"
+    with pytest.raises(BundleError, match="frames is no bundle: it has no model.yaml"):
+        Bundle.load("frames")
+
+
+def test_a_name_that_no_file_can_have(copy: Path) -> None:
+    with pytest.raises(BundleError, match="no bundle 'aaa.*File name too long; give another folder"):
+        Bundle.load(300 * "a")
+
+
+def test_numbers_of_eight_bits_are_read(copy: Path) -> None:
+    state = load_file(copy / "dense.safetensors")
+    state["classifier.weight"] = state["classifier.weight"].to(torch.float8_e4m3fn)
+    save_file(state, copy / "dense.safetensors")
+    rehash(copy)
+    network = load_registered(Bundle.load(copy), Bundle.load(copy).dense, DENSE)
+    assert torch.equal(network.classifier.weight, state["classifier.weight"].float())

@@ -5,6 +5,7 @@ Shape shorthand: B images, K classes, C channels, H, W native size, h, w low res
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -121,8 +122,8 @@ def test_plain_unet_equals_the_sparse_unet(name: str, stride: str) -> None:
     assert len(found) < 10 or found.abs().max() > 0.1
 
 
-@pytest.mark.parametrize("size", [(64, 96), (65, 97), (63, 96), (90, 121), (3, 3), (1, 2)])
-@pytest.mark.parametrize("scale", [0.5, 0.25, 0.4, 1 / 3, 0.75])
+@pytest.mark.parametrize("size", [(64, 96), (65, 97), (63, 96), (90, 121), (3, 3), (1, 2), (14, 13)])
+@pytest.mark.parametrize("scale", [0.5, 0.25, 0.4, 1 / 3, 0.75, 0.1])
 def test_shrink_equals_opencvs_area_resize(size: tuple[int, int], scale: float) -> None:
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     low = low_resolution_size(size, scale)
@@ -306,6 +307,19 @@ def test_command_writes_both_files(tiny_bundle: Path, tmp_path: Path, capfd: pyt
     assert logits.shape == (1, 11, 20, 32)
     with pytest.raises(SystemExit):
         cli.main(["export", str(tiny_bundle), "--output", str(tmp_path), "--size", "40"])
+    (tmp_path / "taken" / "dense.onnx").mkdir(parents=True)
+    assert cli.main(["export", str(tiny_bundle), "--output", str(tmp_path / "taken"), "--what", "dense"]) == 2
+    assert "dense.onnx" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_an_onnx_file_is_not_exported_again(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(shutil.copytree(tiny_bundle, tmp_path / "mine"))
+    bundle = Bundle.load(path)
+    replace(bundle, dense=replace(bundle.dense, network="onnx", args={})).save()
+    assert cli.main(["export", str(path), "--output", str(tmp_path / "out")]) == 2
+    assert f"is an ONNX file already: {path / 'dense.safetensors'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("network", ["offseg", "segformer"])

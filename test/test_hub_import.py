@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparserefine_ros.cli import main
-from sparserefine_ros.datasets.classes import CAMVID
+from sparserefine_ros.datasets.classes import CAMVID, ClassList
 from sparserefine_ros.errors import BundleError
 from sparserefine_ros.networks.registry import DENSE, build
 from sparserefine_ros.segmenter.bundle import Bundle, load_network
@@ -35,11 +35,11 @@ def save(model: Any, folder: Path, noise: float) -> Any:
     return model
 
 
-def segformer(folder: Path) -> Any:
+def segformer(folder: Path, num_labels: int = len(CAMVID)) -> Any:
     transformers = pytest.importorskip("transformers", "5.23")
     config = transformers.SegformerConfig(
         hidden_sizes=[8, 16, 24, 32], depths=[1, 2, 1, 1], num_attention_heads=[1, 2, 2, 4], sr_ratios=[4, 2, 1, 1],
-        mlp_ratios=[2, 2, 2, 2], decoder_hidden_size=24, num_labels=len(CAMVID),
+        mlp_ratios=[2, 2, 2, 2], decoder_hidden_size=24, num_labels=num_labels,
     )  # fmt: skip
     return save(transformers.SegformerForSemanticSegmentation(config), folder, 0.3)
 
@@ -146,11 +146,75 @@ SEGFORMER: dict[str, Any] = {"architectures": ["SegformerForSemanticSegmentation
             "backbone 'resnet'; known is 'swin'",
         ),
         (SEGFORMER, "no model.safetensors"),
+        ({"architectures": 5}, "cannot use the settings in .*hub: 'int' object is not iterable"),
+        ({**SEGFORMER, "id2label": 5}, "cannot use the settings in .*hub: object of type 'int' has no len"),
+        (
+            {"architectures": ["Mask2FormerForUniversalSegmentation"], "id2label": LABELS, "backbone_config": [1]},
+            "cannot use the settings in .*hub: 'list' object has no attribute 'get'",
+        ),
     ],
 )  # fmt: skip
 def test_folders_that_cannot_be_imported(config: object, message: str, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=message):
         import_checkpoint(folder_with(tmp_path, config), None, CAMVID, tmp_path / "mine", SIZE)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"do_normalize": False}, "do_normalize false; images are scaled to 1 and normalised here"),
+        ({"do_rescale": False}, "do_rescale false"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor 0.0078.*; images are scaled by 1/255 here"),
+        ({"image_std": 0.5}, "cannot use the settings in .*hub: object of type 'float' has no len"),
+        ({"image_std": ["a", "b", "c"]}, "cannot use the settings in .*hub: must be real number, not str"),
+        ({"do_normalize": True, "rescale_factor": 0.00392156862745098}, "no model.safetensors"),  # the usual ones
+    ],
+)
+def test_other_scales_of_colours_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, SEGFORMER, preprocessor_config=settings)
+    with pytest.raises(BundleError, match=message):
+        import_checkpoint(folder, None, CAMVID, tmp_path / "mine", SIZE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "foo"}, "KeyError: 'foo'"),
+        ({"depths": [1]}, "IndexError"),
+        ({"hidden_sizes": [-8, 16, 24, 32]}, "RuntimeError: .*negative dimension"),
+        ({"hidden_sizes": [8, 16, 24, 3000]}, ".*far more than the .* values of its weights"),
+    ],
+)
+def test_configurations_that_cannot_be_built(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    segformer(tmp_path / "hub")
+    file = tmp_path / "hub" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(BundleError, match=f"as SegformerForSemanticSegmentation: {message}"):
+        import_checkpoint(tmp_path / "hub", None, CAMVID, tmp_path / "mine", SIZE)
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_bundle_is_not_written_over_its_checkpoint(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, SEGFORMER)
+    (folder / "README.md").write_text("theirs")
+    (folder / "dense.onnx").touch()
+    for file, name in ((folder, "hub"), (folder / "dense.onnx", "dense.onnx")):
+        with pytest.raises(BundleError, match=f"hub holds the checkpoint itself; .* another name, or move {name}"):
+            import_checkpoint(file, None, CAMVID, folder, SIZE)
+    assert (folder / "README.md").read_text() == "theirs"
+    save_file({"segformer.a": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(BundleError, match="cannot tell.*; give its folder, whose config.json may say it, or --net"):
+        import_checkpoint(folder / "model.safetensors", None, CAMVID, tmp_path / "mine", SIZE)
+
+
+def test_two_classes_without_names(tmp_path: Path) -> None:
+    """transformers writes what differs from its defaults, of which two classes are one."""
+    pytest.importorskip("transformers", "5.23")
+    segformer(tmp_path / "hub", num_labels=2)
+    assert "id2label" not in json.loads((tmp_path / "hub" / "config.json").read_text())
+    classes = ClassList("two", ("road", "other"), ((0, 0, 0), (1, 1, 1)))
+    bundle = import_checkpoint(tmp_path / "hub", None, classes, tmp_path / "mine", SIZE)
+    assert load_file(bundle.path / "dense.safetensors")["classifier.weight"].shape == (2, 24, 1, 1)
 
 
 def test_other_statistics_of_colours_are_refused(tmp_path: Path) -> None:

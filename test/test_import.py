@@ -12,11 +12,11 @@ import torch
 import yaml
 from official_names import drawn
 from official_names import offseg as official_offseg
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparserefine_ros.cli import main
-from sparserefine_ros.datasets.classes import CAMVID
+from sparserefine_ros.datasets.classes import CAMVID, ClassList
 from sparserefine_ros.errors import BundleError
 from sparserefine_ros.networks.registry import DENSE, build
 from sparserefine_ros.segmenter.bundle import Bundle, load_network
@@ -236,6 +236,9 @@ def test_left_over_missing_and_misshapen_weights(weights: dict[str, Tensor], tmp
     attempt({"align.0.weight": torch.zeros(1)}, "two weights become 'align.0.weight'")
     too_many = {"decode_head.offset_learning.cls_repr": torch.zeros(1, 150, 256)}
     attempt(too_many, r"with the 11 classes of 'camvid': .*\(1, 150, 256\), needed is \(11, 256\).*number of classes")
+    attempt(
+        {"decode_head.align.gn.bias": torch.full((256,), torch.nan)}, "align.1.bias' has values that are not finite"
+    )
     many = {f"decode_head.unknown{i}": torch.zeros(1) for i in range(30)}
     attempt(many, "30 weights left over .*unknown11 and 18 more")
 
@@ -308,6 +311,49 @@ def test_broken_renames(contents: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(contents)
     with pytest.raises(BundleError, match="(?s)r.yaml.*list of"):
         read_renames(tmp_path / "r.yaml")
+
+
+def test_replacements_with_a_group_that_is_not_there() -> None:
+    with pytest.raises(BundleError, match=r"cannot rename 'a.b' by \['a', '.*3'\]: invalid group reference 3"):
+        rename({"a.b": torch.zeros(1)}, ARCHITECTURES["hrnet-w18"], (("a", r"\3"),))
+
+
+@pytest.mark.parametrize("shape", [(), (4, 2)])
+def test_weights_that_cannot_be_split(shape: tuple[int, ...]) -> None:
+    key = "backbone.layers.0.1.0.attn.attn.in_proj_weight"
+    with pytest.raises(BundleError, match=re.escape(f"{key!r} of shape {shape} cannot be split into 3")):
+        rename({key: torch.zeros(shape)}, ARCHITECTURES["segformer-b0"])
+
+
+@pytest.mark.parametrize(
+    ("classes", "size", "scale", "message"),
+    [
+        (CAMVID, (0, 96), 1.0, "native_size 0 x 96; expected"),
+        (CAMVID, (-64, 96), 1.0, "native_size -64 x 96; expected"),
+        (CAMVID, (100_000, 100_000), 1.0, "native_size 100000 x 100000; expected"),
+        (CAMVID, SIZE, 1.5, "scale 1.5; expected"),
+        (ClassList("one", ("road",), ((0, 0, 0),)), SIZE, 1.0, "1 classes; expected 2 to 255"),
+        (ClassList("many", ("x",) * 256, ((0, 0, 0),) * 256), SIZE, 1.0, "256 classes; expected 2 to 255"),
+        (ClassList("bright", ("x", "y"), ((0, 0, 300),) * 2), SIZE, 1.0, "palette; expected"),
+    ],
+)
+def test_no_bundle_is_written_that_could_not_be_loaded(
+    classes: ClassList, size: tuple[int, int], scale: float, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(BundleError, match=message):
+        import_checkpoint(tmp_path / "w.pth", None, classes, tmp_path / "mine", size, scale)
+    assert not (tmp_path / "mine").exists()
+
+
+def test_weights_too_large_for_half_precision_keep_theirs(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    key = "decode_head.offset_learning.cls_repr"
+    large = torch.full((1, 11, 256), 70_000.0)
+    torch.save({**weights, key: large}, tmp_path / "w.pth")
+    path = import_checkpoint(tmp_path / "w.pth", "offseg-t", CAMVID, tmp_path / "mine", SIZE).path
+    stored = load_file(path / "dense.safetensors")
+    assert stored["classifier.embeddings"].dtype == torch.float32 and stored["project.0.0.weight"].dtype == torch.half
+    assert torch.equal(stored["classifier.embeddings"], large[0])
+    Segmenter(Bundle.load(path), "cpu")
 
 
 def test_unknown_network_and_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,15 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassJaccardIndex
 
+from sparserefine_ros.cli import main
 from sparserefine_ros.datasets.base import UNLABELLED, Sample
 from sparserefine_ros.datasets.classes import CAMVID, CITYSCAPES, ClassList
 from sparserefine_ros.evaluation.calibration import calibrate_bundle, density_recall
@@ -111,6 +114,33 @@ def test_calibration_is_written_into_the_bundle(tiny_bundle: Path, tmp_path: Pat
     assert (path / "density_recall.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="no labelled pixel"):
         density_recall(Segmenter(bundle, "cpu"), [s._replace(label=None) for s in samples])
+
+
+def test_command_calibrates_an_imported_bundle_on_a_folder(
+    tiny_bundle: Path, tmp_path: Path, samples: list[Sample], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(shutil.copytree(tiny_bundle, tmp_path / "tiny"))  # as imported: without a data set in its provenance
+    words = ["calibrate", str(path), "--recall", "0.5", "--device", "cpu"]
+    assert main(words) == 2
+    assert "'tiny' does not say what it was trained on; give labelled frames with --data" in capsys.readouterr().err
+    root = tmp_path / "frames"
+    (root / "image").mkdir(parents=True)
+    (root / "label").mkdir()
+    for sample in samples:
+        cv2.imwrite(str(root / "image" / f"{sample.name}.png"), sample.image[..., ::-1])
+    for names, message in ((CAMVID.names[::-1], "ids must mean the same"), (CAMVID.names, "no labelled pixel in")):
+        classes = {"name": "mine", "names": list(names), "palette": [list(colour) for colour in CAMVID.palette]}
+        (root / "classes.yaml").write_text(yaml.safe_dump(classes))
+        assert main([*words, "--data", str(root)]) == 2
+        assert message in capsys.readouterr().err
+    for sample in samples:
+        assert sample.label is not None
+        cv2.imwrite(str(root / "label" / f"{sample.name}.png"), sample.label)
+    assert main([*words, "--data", str(root)]) == 0
+    found = Bundle.load(path)
+    again = Path(shutil.copytree(tiny_bundle, tmp_path / "again"))
+    expected = calibrate_bundle(Bundle.load(again), samples, 0.5, "cpu")
+    assert found.entropy_threshold == expected.entropy_threshold and found.calibration == expected.calibration
 
 
 def test_temperature_is_fitted_where_no_refiner_depends_on_it(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import logging
 import sys
 import time
@@ -197,6 +198,7 @@ def test_tensorrt_keeps_its_engines_and_says_what_it_does(tmp_path: Path, monkey
     stand_in = StandIn("tensorrt")
     monkeypatch.setattr(onnx_dense, "onnxruntime", lambda: stand_in)
     monkeypatch.setattr(ExportedNetwork, "file", lambda self, size, fixed: tmp_path / "dense.onnx")
+    (tmp_path / "dense.onnx").write_bytes(b"weights")
     source = ExportedNetwork(tiny_network, ["a"], True, tmp_path)
     dense = OnnxDense(source, CUDA, "tensorrt", half=True, folder=tmp_path)
     lines: list[str] = []
@@ -209,9 +211,13 @@ def test_tensorrt_keeps_its_engines_and_says_what_it_does(tmp_path: Path, monkey
     assert [name for name, _ in stand_in.asked] == list(PROVIDERS.values())[::2]
     settings = stand_in.asked[0][1]
     assert settings["trt_engine_cache_enable"] == settings["trt_fp16_enable"] == "1"
-    assert settings["trt_engine_cache_path"] == str(tmp_path / "tensorrt") and (tmp_path / "tensorrt").is_dir()
+    engines = tmp_path / "tensorrt" / hashlib.sha256(b"weights").hexdigest()[:24]
+    assert settings["trt_engine_cache_path"] == settings["trt_timing_cache_path"] == str(engines) and engines.is_dir()
     assert dense.fixed and stand_in.runs == 1 and dense.provider == "tensorrt"
     assert "TensorRT builds an engine of dense.onnx for 90x120" in lines[0]
+    (tmp_path / "dense.onnx").write_bytes(b"other weights")  # another bundle's file of that name
+    OnnxDense(source, CUDA, "tensorrt", half=True, folder=tmp_path).prepare((90, 120))
+    assert stand_in.asked[0][1]["trt_engine_cache_path"] != str(engines)
 
 
 def test_a_provider_that_does_not_start_is_refused_only_where_it_was_named(
@@ -219,6 +225,7 @@ def test_a_provider_that_does_not_start_is_refused_only_where_it_was_named(
 ) -> None:
     monkeypatch.setattr(onnx_dense, "onnxruntime", lambda: StandIn("cpu"))
     monkeypatch.setattr(ExportedNetwork, "file", lambda self, size, fixed: tmp_path / "dense.onnx")
+    (tmp_path / "dense.onnx").touch()
     source = ExportedNetwork(tiny_network, ["a"], False, tmp_path)
     with pytest.raises(ParameterError, match="'cuda' does not start here and onnxruntime took 'cpu' instead"):
         OnnxDense(source, CUDA, "cuda", folder=tmp_path).prepare((90, 120))

@@ -22,7 +22,9 @@ from sparserefine_ros.datasets.base import Sample
 from sparserefine_ros.datasets.classes import CAMVID
 from sparserefine_ros.errors import BundleError, ParameterError
 from sparserefine_ros.evaluation.compare import HR, LR, compare
-from sparserefine_ros.segmenter.bundle import Bundle
+from sparserefine_ros.networks.patches import PatchRefiner
+from sparserefine_ros.segmenter.bundle import Bundle, save_network
+from sparserefine_ros.segmenter.bundle_files import rehash
 from sparserefine_ros.segmenter.importing import REPORT, import_checkpoint
 from sparserefine_ros.segmenter.licences import UNKNOWN, find_licence
 from sparserefine_ros.segmenter.preprocess import normalise, resize
@@ -153,6 +155,44 @@ def test_a_file_of_one_size_runs_one_image_at_a_time(tmp_path: Path, frame: np.n
         np.testing.assert_allclose(result.low_entropy, torch.special.entr(wanted.softmax(1)).sum(1)[0], atol=1e-4)
     with pytest.raises(ParameterError, match="for images of 32x48 alone: it cannot run at scale 1.0; export it anew"):
         Segmenter(bundle, "cpu", scale=1.0)
+    args = {"size": 16}
+    patches = save_network(bundle.path, PatchRefiner(K, **args), "patches", args, "refiner.safetensors")
+    with pytest.raises(BundleError, match="'patches' shows .* parts of frames, .* 'mine' is an ONNX file for images"):
+        Segmenter(replace(bundle, refiner=patches), "cpu")
+
+
+def test_nothing_runs_but_what_was_hashed(tmp_path: Path, frame: np.ndarray) -> None:
+    bundle = import_checkpoint(write(Own(), tmp_path / "own.onnx"), None, CAMVID, tmp_path / "mine", SIZE)
+    file, onnx = bundle.path / "dense.onnx", pytest.importorskip("onnx")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])  # after the bundle was loaded
+    with pytest.raises(BundleError, match="dense.onnx have sha256 .*, but .*model.yaml says"):
+        Segmenter(bundle, "cpu")
+    file.write_bytes(whole)
+    onnx.save_model(onnx.load(file), file, save_as_external_data=True, location="w.data", size_threshold=0)
+    rehash(bundle.path)
+    with pytest.raises(BundleError, match="cannot run .*dense.onnx: .*xternal"):  # no hash covers w.data
+        Segmenter(Bundle.load(bundle.path), "cpu")
+
+
+def test_functions_of_its_own_are_no_foreign_operators(tmp_path: Path, frame: np.ndarray) -> None:
+    """As torch's exporter of dynamo wrote its operators before it dissolved them."""
+    onnx = pytest.importorskip("onnx")
+    file = write(Own(), tmp_path / "own.onnx")
+    model = onnx.load(file)
+    [relu] = (node for node in model.graph.node if node.op_type == "Relu")
+    opset = [onnx.helper.make_opsetid("", 17)]
+    body = onnx.helper.make_node("Relu", ["x"], ["y"])
+    model.functions.append(onnx.helper.make_function("pkg.own", "MyRelu", ["x"], ["y"], [body], opset))
+    relu.op_type, relu.domain = "MyRelu", "pkg.own"
+    model.opset_import.append(onnx.helper.make_opsetid("pkg.own", 1))
+    onnx.save(model, tmp_path / "functions.onnx")
+    masks = [
+        Segmenter(import_checkpoint(given, None, CAMVID, tmp_path / given.stem, SIZE), "cpu").segment([frame])[0].mask
+        for given in (file, tmp_path / "functions.onnx")
+    ]
+    np.testing.assert_array_equal(*masks)
+    assert len(np.unique(masks[0])) > 1
 
 
 def test_half_precision_files_keep_their_format(tmp_path: Path) -> None:
@@ -295,6 +335,10 @@ def test_it_teaches_a_refiner_of_its_own(tmp_path: Path, frame: np.ndarray) -> N
         ),
         ("# Model\n---\nlicense: mit\n---\n", ""),
         ("---\nlicense: [\n---\n", ""),
+        ("---\nlicense: mit\ndate: 2023-02-30\n---\n", ""),  # PyYAML's own ValueError
+        ("---\na: &a [x, x]\nlicense: *a\n---\n", ""),  # aliases to aliases would print as gigabytes
+        ("---\nlicense: " + 1000 * "[", ""),
+        ("---\nlicense: " + 100_000 * "[" + "\n---\n", ""),
     ],
 )
 def test_licences_of_the_hubs_cards(head: str, found: str, tmp_path: Path) -> None:

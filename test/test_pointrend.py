@@ -28,6 +28,7 @@ from sparserefine_ros.networks.points import (
     uncertainty,
 )
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
+from sparserefine_ros.segmenter.fitting import check_refiner
 from sparserefine_ros.segmenter.preprocess import normalise, resize
 from sparserefine_ros.segmenter.segmenter import Segmenter, coarse_and_fine
 from sparserefine_ros.sparse import SiteSet
@@ -200,15 +201,19 @@ def test_a_bundle_runs_it(tiny_bundle: Path, frame: np.ndarray, tmp_path: Path, 
 
 def test_what_does_not_fit_is_named(tiny_bundle: Path, frame: np.ndarray, tmp_path: Path) -> None:
     bundle = write(tiny_bundle, tmp_path, PointRend(11, 9), {"features": 9})
-    with pytest.raises(ValueError, match="has 16 fine features, pointrend was built for 9; write features: 16"):
-        Segmenter(bundle, "cpu").segment([frame])
+    with pytest.raises(
+        BundleError, match="has 16 fine features, refiner 'pointrend' was built for 9; take the refiner"
+    ):
+        Segmenter(bundle, "cpu")
+    with pytest.raises(ValueError, match="has 3 fine features, pointrend was built for 9; write features: 3"):
+        PointRend(11, 9)(torch.zeros(2, 3), torch.zeros(2, 11))
+    bundle = write(tiny_bundle, tmp_path, PointRend(11, 16), {"features": 16})
+    segmenter = Segmenter(bundle, "cpu")
+    assert segmenter.refiner is not None
     with pytest.raises(ParameterError, match="'pointrend' reads features of the dense segmenter; set runtime to torch"):
-        segmenter = Segmenter(bundle, "cpu")
-        segmenter.runtime = "onnxruntime (cpu)"
-        segmenter._check_maps("pointrend")
+        check_refiner(bundle, segmenter.refiner, segmenter.dense, bundle.dense, "onnxruntime (cpu)")
     with pytest.raises(BundleError, match="network 'compact' does not show; networks that do: compact, hrnet"):
-        segmenter.runtime, segmenter.dense = "torch", nn.Conv2d(3, 11, 1)
-        segmenter._check_maps("pointrend")
+        check_refiner(bundle, segmenter.refiner, nn.Conv2d(3, 11, 1), bundle.dense, "torch")
     with pytest.raises(ValueError, match="where is 'all'"):
         PointRend(11, 9, where="all")
     with pytest.raises(ValueError, match="points 0, "):

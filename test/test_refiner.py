@@ -204,3 +204,17 @@ def test_refiner_trains_on_few_or_no_pixels(stride: str, selected: int) -> None:
     (result.refined.sum() + result.ensembled.sum()).backward()
     assert all(torch.isfinite(p.grad).all() for p in refiner.parameters() if p.grad is not None)
     assert all(torch.isfinite(b).all() for b in refiner.buffers())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"channels": []}, "levels is 0"),
+        ({"channels": [8], "blocks": 0}, "blocks 0"),
+        ({"channels": [8], "stride": "round"}, "'round' is unknown: use one of dilate, floor"),
+        ({"channels": [8], "context": 2}, "context 2; give"),
+    ],
+)
+def test_refuses_at_once_what_would_fail_at_the_first_frame(args: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SparseRefiner(3, **args)

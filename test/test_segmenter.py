@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from sparserefine_ros.cli import main
 from sparserefine_ros.errors import BundleError, FrameError, ParameterError
 from sparserefine_ros.networks.fused_unet import FusedUNet
+from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.registry import DENSE, REFINERS, build
-from sparserefine_ros.segmenter.bundle import Bundle, load_network
+from sparserefine_ros.segmenter.bundle import Bundle, load_network, save_network
 from sparserefine_ros.segmenter.preprocess import MEAN, STD, low_resolution_size, resize
 from sparserefine_ros.segmenter.segmenter import ENTROPY_SAMPLE, Choose, Segmenter
 from sparserefine_ros.segmenter.stage_clock import STAGES
+from sparserefine_ros.training.bundle import copy_dense
 
 
 def plain_pipeline(bundle: Bundle, image: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -189,6 +195,8 @@ def test_a_frame_that_found_no_memory_leaves_the_next_one_whole(
         ({"precision": "int8"}, ParameterError, "'int8'.*fp32, fp16, bf16"),
         ({"sparse_backend": "cuda"}, ParameterError, "'cuda' is unknown.*auto, torch"),
         ({"device": "gpu7"}, ParameterError, "'gpu7'.*auto, cpu"),
+        ({"device": "mps"}, ParameterError, "'mps' is unknown.*auto, cpu"),
+        ({"device": "meta"}, ParameterError, "'meta' is unknown.*auto, cpu"),
         ({"device": "cuda:63"}, ParameterError, "'cuda:63'.*auto or cpu"),
         ({"scale": 0.0}, ParameterError, "scale 0.0.*above 0"),
         ({"entropy_threshold": 9.0}, ParameterError, "entropy_threshold 9.0"),
@@ -200,9 +208,87 @@ def test_bad_arguments(tiny_bundle: Path, arguments: dict, error: type[Exception
 
 
 def test_refining_without_a_refiner_is_refused(tiny_bundle: Path) -> None:
-    from dataclasses import replace
-
     bundle = replace(Bundle.load(tiny_bundle), refiner=None)
     assert not Segmenter(bundle, "cpu").refines
     with pytest.raises(BundleError, match="'tiny' has no refiner"):
         Segmenter(bundle, "cpu", refine=True)
+
+
+def with_refiner(source: Path, path: Path, args: dict) -> Bundle:
+    """``source`` with a sparse refiner of random weights and statistics."""
+    torch.manual_seed(5)
+    refiner = SparseRefiner(11, **args)
+    with torch.no_grad():
+        for tensor in refiner.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(0.2 * torch.randn_like(tensor).clamp(-2, 2))
+    bundle = copy_dense(Bundle.load(source), path)
+    replace(bundle, refiner=save_network(path, refiner, "sparserefine", args, "refiner.safetensors")).save()
+    return Bundle.load(path)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_a_mask_does_not_depend_on_the_frames_beside_it(tiny_bundle: Path, tmp_path: Path, backend: str) -> None:
+    """Also with "dilate", which bounds the coarse sites of a batch by the largest site of any of its images."""
+    args = {"channels": [8, 8, 8], "blocks": 1, "ensembler": "direct"}
+    segmenter = Segmenter(with_refiner(tiny_bundle, tmp_path, args), "cpu", sparse_backend=backend)
+    rng = np.random.default_rng(2)
+    images = [rng.integers(0, 256, (40, 40, 3), np.uint8) for _ in range(3)]
+    uncertain = torch.zeros(3, 20, 20, dtype=torch.bool)
+    uncertain[0, :6, :6] = uncertain[2, :15, 3:] = True  # nothing in the second
+    image, row, column = torch.meshgrid(torch.arange(3), torch.arange(20), torch.arange(20), indexing="ij")
+
+    def dense(of: list[int]) -> Callable[[torch.Tensor], torch.Tensor]:
+        logits = torch.zeros(3, 11, 20, 20).scatter_(1, ((image + row + column) % 11)[:, None], 20.0)
+        return lambda _: torch.where(uncertain[:, None], 0.0, logits)[of]
+
+    segmenter.dense = dense([0, 1, 2])  # type: ignore[assignment]
+    together = segmenter.segment(images)
+    assert [round(result.density * 1600) for result in together] == [144, 0, 30 * 34]
+    for index, result in enumerate(together):
+        segmenter.dense = dense([index])  # type: ignore[assignment]
+        alone = segmenter.segment([images[index]])[0]
+        np.testing.assert_array_equal(result.mask, alone.mask)
+        assert np.abs(result.confidence.astype(int) - alone.confidence).max() <= 1
+
+
+def test_an_ensembler_that_needs_labels_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = with_refiner(tiny_bundle, tmp_path, {"channels": [8], "blocks": 1, "ensembler": "oracle"})
+    with pytest.raises(BundleError, match="is oracle, which needs labels"):
+        Segmenter(bundle, "cpu")
+
+
+def test_images_that_the_dense_segmenter_does_not_take_cost_the_frame(tiny_bundle: Path, frame: np.ndarray) -> None:
+    segmenter = Segmenter(Bundle.load(tiny_bundle), "cpu")
+    segmenter.dense = torch.nn.Conv2d(3, 11, 7)  # as a SegFormer's first layer, without padding
+    with pytest.raises(FrameError, match="'tiny' fails on images of 4x8: .*[kK]ernel size.*a scale that make a size"):
+        segmenter.segment([frame[:8, :16]])
+
+    def full(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    segmenter.dense = full  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="can't allocate memory"):  # the node has an answer to that
+        segmenter.segment([frame])
+
+
+def test_command_says_what_it_could_not_write(
+    tiny_bundle: Path, frame: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / name / "1.png" for name in ("left", "right")]
+    for file in files:
+        file.parent.mkdir()
+        cv2.imwrite(str(file), frame[..., ::-1])
+    words = ["segment", *map(str, files), "--model", str(tiny_bundle), "--output"]
+    assert main([*words, str(tmp_path / "out")]) == 2
+    assert "several images are called 1 but for folder or ending" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    del words[2]
+    assert main([*words, str(tmp_path / "out")]) == 0
+    assert f"-> {tmp_path / 'out' / '1_mask.png'}" in capsys.readouterr().out
+    found = cv2.imread(str(tmp_path / "out" / "1_mask.png"), cv2.IMREAD_UNCHANGED)
+    np.testing.assert_array_equal(found, Segmenter(Bundle.load(tiny_bundle), "cpu").segment([frame])[0].mask)
+    (tmp_path / "full" / "1_mask.png").mkdir(parents=True)
+    for folder in ("full", "left/1.png"):
+        assert main([*words, str(tmp_path / folder)]) == 2
+        assert folder in capsys.readouterr().err

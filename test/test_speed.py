@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import DECODERS
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sparserefine_ros.cli import main
@@ -65,6 +66,30 @@ def test_batch_norm_is_folded_wherever_it_follows_a_convolution(name: str) -> No
         assert left and all(key.split(".")[-1] in ("norm1", "norm2") for key in left)
     else:
         assert left == []
+
+
+class NormAndRelu(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).relu()
+
+
+class SmallConv(nn.Conv2d):
+    """As timm's StdConv2d: what it multiplies by is made of its weights."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.weight / self.weight.norm(), self.bias)
+
+
+@torch.inference_mode()
+def test_layers_that_do_more_are_not_folded() -> None:
+    images = torch.randn(1, 3, 8, 8)
+    for layers in ((nn.Conv2d(3, 4, 3), NormAndRelu(4)), (SmallConv(3, 4, 3), nn.BatchNorm2d(4))):
+        module = nn.Sequential(*layers).eval()
+        nn.init.uniform_(layers[1].running_var, 0.2, 0.5)
+        expected = module(images)
+        torch.testing.assert_close(fold_batch_norm(module)(images), expected)
 
 
 @torch.inference_mode()

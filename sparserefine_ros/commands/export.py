@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sparserefine_ros.commands.arguments import parse_size
+
 HELP = "write a bundle as ONNX: the dense segmenter, and the whole pipeline with the refiner"
 
 
@@ -13,31 +15,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for dense.onnx and pipeline.onnx")
     parser.add_argument("--what", default="both", choices=("dense", "pipeline", "both"), help="(default: both)")
     parser.add_argument(
-        "--size", type=frame_size, metavar="HxW",
+        "--size", type=parse_size, metavar="HxW",
         help="frames of this size alone, which some runtimes make faster (default: any size, where the network can)",
     )  # fmt: skip
     parser.add_argument("--half", action="store_true", help="dense.onnx computes in float16")
     parser.add_argument("--external-data", action="store_true", help="weights in files of their own")
 
 
-def frame_size(text: str) -> tuple[int, int]:
-    """(H, W) of "HxW"."""
-    height, _, width = text.partition("x")
-    try:
-        size = int(height), int(width)
-    except ValueError:
-        size = 0, 0
-    if min(size) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; give HxW in pixels, such as 1024x2048")
-    return size
-
-
 def run(args: argparse.Namespace) -> int:
-    from sparserefine_ros.segmenter.bundle import Bundle
+    from sparserefine_ros.errors import ExportError
+    from sparserefine_ros.segmenter.bundle import ONNX, Bundle
     from sparserefine_ros.segmenter.export import export_dense, export_pipeline, is_dynamic
     from sparserefine_ros.segmenter.segmenter import Segmenter
 
     bundle = Bundle.load(args.model)
+    if bundle.dense.network == ONNX:
+        raise ExportError(f"bundle {bundle.name!r} is an ONNX file already: {bundle.path / bundle.dense.weights}")
     segmenter = Segmenter(bundle, "cpu", sparse_backend="torch", runtime="torch")
     size = args.size or bundle.native_size
     low = segmenter.low_size(size)

@@ -21,10 +21,22 @@ def run(args: argparse.Namespace) -> int:
     import cv2
     import numpy as np
 
-    from sparserefine_ros.errors import FrameError
+    from sparserefine_ros.errors import FrameError, ParameterError
     from sparserefine_ros.networks.boundaries import YELLOW, draw_boundaries
     from sparserefine_ros.segmenter.bundle import Bundle
     from sparserefine_ros.segmenter.segmenter import Segmenter
+
+    stems = [file.stem for file in args.images]
+    if same := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise ParameterError(
+            f"several images are called {', '.join(same)} but for folder or ending, and each would overwrite the mask "
+            "of the one before; segment them into different folders with --output"
+        )
+
+    def write(kind: str, picture: np.ndarray) -> Path:
+        target = args.output / f"{file.stem}_{kind}.png"
+        target.write_bytes(cv2.imencode(".png", picture)[1].tobytes())  # imwrite would only return False
+        return Path(target)
 
     segmenter = Segmenter(Bundle.load(args.model), args.device, args.precision, args.entropy_threshold)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -36,13 +48,11 @@ def run(args: argparse.Namespace) -> int:
         result = segmenter.segment([image])[0]
         colours = segmenter.classes.lut()[result.mask][..., ::-1]
         overlay = cv2.addWeighted(bgr, 0.5, np.ascontiguousarray(colours), 0.5, 0)
-        cv2.imwrite(str(args.output / f"{file.stem}_mask.png"), result.mask)
-        cv2.imwrite(str(args.output / f"{file.stem}_overlay.png"), overlay)
+        written = write("mask", result.mask)
+        write("overlay", overlay)
         if segmenter.has_superpixels:
             drawn = draw_boundaries(bgr, segmenter.superpixels(image), YELLOW[::-1])
-            cv2.imwrite(str(args.output / f"{file.stem}_superpixels.png"), drawn)
+            write("superpixels", drawn)
         total = sum(result.stage_ms.values())
-        print(
-            f"{file}: refined {result.density:.1%} of the pixels, {total:.0f} ms -> {args.output / file.stem}_mask.png"
-        )
+        print(f"{file}: refined {result.density:.1%} of the pixels, {total:.0f} ms -> {written}")
     return 0

@@ -19,6 +19,7 @@ from sparserefine_ros.networks.selectors import nearest_index
 from sparserefine_ros.sparse import SiteSet
 
 CHUNK = 8192  # pixels a CPU core holds in its cache
+MAX_RADIUS = 16  # 1089 taps; every pixel reads as many colours and probabilities
 
 
 class BilateralRefiner(nn.Module):
@@ -31,6 +32,8 @@ class BilateralRefiner(nn.Module):
         distance: a, in low-resolution pixels.
         colour: b, for RGB from 0 to 1.
         initial: share of the initial probabilities in the result.
+
+    Raises ValueError for numbers that no mean can be taken with.
     """
 
     context = True  # reads the initial softmax
@@ -45,6 +48,13 @@ class BilateralRefiner(nn.Module):
         initial: float = 0.5,
     ) -> None:
         super().__init__()
+        if type(radius) is not int or type(step) is not int or not (0 <= radius <= MAX_RADIUS and step >= 1):
+            raise ValueError(f"radius {radius!r}, step {step!r}; give whole numbers, 0 to {MAX_RADIUS} and from 1")
+        if not (distance > 0 and colour > 0 and 0 <= initial <= 1):
+            raise ValueError(
+                f"distance {distance}, colour {colour}, initial {initial}; give two numbers above 0 and a share from 0 "
+                "to 1"
+            )
         self.distance, self.colour, self.initial = distance, colour, initial
         taps = step * torch.arange(-radius, radius + 1)
         self.register_buffer("taps", torch.cartesian_prod(taps, taps), persistent=False)  # [T, 2] row, column

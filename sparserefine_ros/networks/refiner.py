@@ -16,6 +16,7 @@ from sparserefine_ros.networks.fused_unet import FusedUNet
 from sparserefine_ros.networks.unet import SparseUNet
 from sparserefine_ros.sparse import Pyramid
 from sparserefine_ros.sparse.backends import Backend
+from sparserefine_ros.sparse.pyramid import check_pyramid
 
 
 class Refinement(NamedTuple):
@@ -38,6 +39,8 @@ class SparseRefiner(nn.Module):
         blocks: residual blocks a stage and direction.
         ensembler: gated, direct, entropy, oracle or residual.
         context: the U-Net reads the initial softmax beside the colours (ours); False is the paper's refiner.
+
+    Raises ValueError for no channels, no blocks, or a stride, an ensembler or a context that is none of these.
     """
 
     def __init__(
@@ -50,6 +53,9 @@ class SparseRefiner(nn.Module):
         context: bool = False,
     ) -> None:
         super().__init__()
+        check_pyramid(len(channels), stride)
+        if blocks < 1 or not isinstance(context, bool):
+            raise ValueError(f"blocks {blocks!r}, context {context!r}; give a number from 1, and true or false")
         self.levels, self.stride, self.context = len(channels), stride, context
         self.fused: FusedUNet | None = None
         self.unet = SparseUNet(3 + num_classes * context, channels, blocks)

@@ -86,21 +86,24 @@ class Bundle:
         the folder or with another hash than ``model.yaml`` says.
         """
         path = find_bundle(name_or_path)
-        file = path / "model.yaml"
-        data = read_model_yaml(file)
-        try:
-            bundle = _parse(path, data)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise BundleError(f"{file}: {what}; compare it with a bundle under models/") from error
+        bundle = _checked(path, read_model_yaml(path / "model.yaml"))
         for spec in (bundle.dense, bundle.refiner, bundle.native):
             if spec:
                 read_weights(path, spec.weights, spec.sha256)
         return bundle
 
+    def check(self) -> None:
+        """Raises BundleError where `load` would refuse what `save` writes."""
+        _checked(self.path, self._data())
+
     def save(self) -> None:
         """Writes ``model.yaml``; the weights are written by ``save_network``."""
-        data: dict[str, Any] = {
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_model_yaml(self.path / "model.yaml", self._data())
+
+    def _data(self) -> dict[str, Any]:
+        """What ``model.yaml`` says."""
+        return {
             "format": FORMAT,
             "name": self.name,
             "classes": {
@@ -118,8 +121,6 @@ class Bundle:
             "calibration": self.calibration,
             "provenance": self.provenance,
         }
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_model_yaml(self.path / "model.yaml", data)
 
 
 def find_bundle(name_or_path: str | Path) -> Path:
@@ -128,15 +129,18 @@ def find_bundle(name_or_path: str | Path) -> Path:
     A name is looked for under $SPARSEREFINE_MODELS, then models/ of a source checkout, then the installed share folder.
     """
     direct = Path(os.path.expanduser(name_or_path))  # Path's own raises for ~user where there is no such user
-    if (direct / "model.yaml").is_file():
-        return direct
-    if direct.is_dir():
-        raise BundleError(f"{direct} is no bundle: it has no model.yaml; give a folder that `sparserefine train` wrote")
+    try:
+        if (direct / "model.yaml").is_file():
+            return direct
+    except OSError as error:  # a name too long, a folder that may not be looked into
+        raise BundleError(f"no bundle {str(name_or_path)!r:.80}: {error.strerror}; give another folder") from error
     folders = model_folders()
     inside = bool(direct.parts) and not direct.is_absolute() and ".." not in direct.parts
     for folder in folders:
         if inside and (folder / direct / "model.yaml").is_file():
             return folder / direct
+    if direct.is_dir():
+        raise BundleError(f"{direct} is no bundle: it has no model.yaml; give a folder that `sparserefine train` wrote")
     known = sorted({p.parent.name for folder in folders if folder.is_dir() for p in folder.glob("*/model.yaml")})
     raise BundleError(
         f"no bundle {str(name_or_path)!r}; give a folder with a model.yaml, "
@@ -166,13 +170,21 @@ def default_bundle(decoder: str) -> str:
 def save_network(path: Path, module: nn.Module, network: str, args: Mapping[str, Any], file: str) -> NetworkSpec:
     """Writes ``module``'s weights as safetensors into the bundle folder and describes them.
 
-    Matrices and kernels are stored in half precision, which halves the bundle; loading widens them again.
+    Matrices and kernels are stored in half precision, which halves the bundle; loading widens them again. Those with a
+    number that is too large for it stay as they are.
     """
     path.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    save_file({name: t.half() if t.ndim >= 2 else t for name, t in state.items()}, path / file)
+    save_file({name: _halved(tensor) for name, tensor in state.items()}, path / file)
     (path / file).chmod(0o644)  # safetensors writes files that only their owner may read
     return NetworkSpec(network, dict(args), file, hashlib.sha256((path / file).read_bytes()).hexdigest())
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    if tensor.ndim < 2 or not tensor.is_floating_point():
+        return tensor
+    half = tensor.half()
+    return half if half.isfinite().all() else tensor
 
 
 def build_network(path: Path, spec: NetworkSpec, make: Callable[[], nn.Module]) -> nn.Module:
@@ -181,14 +193,24 @@ def build_network(path: Path, spec: NetworkSpec, make: Callable[[], nn.Module]) 
     Raises BundleError where it cannot be built, asks for far more memory than the weights fill, or as ``load_network``.
     """
     tensors = _read_tensors(path, spec)
-    try:
-        check_arguments(spec.args)
-        with at_most(sum(tensor.numel() for tensor in tensors.values()), len(tensors)):
-            module = make()
-    except Exception as error:  # a constructor may stumble over its arguments in any way
-        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise BundleError(f"{path / 'model.yaml'}: network {spec.network!r:.80}: {what}") from error
+    module = construct(make, spec.args, tensors, f"{path / 'model.yaml'}: network {spec.network!r:.80}")
     return _fill(path, spec, module, tensors)
+
+
+def construct(
+    make: Callable[[], nn.Module], args: Mapping[str, Any], weights: Mapping[str, Tensor], what: str
+) -> nn.Module:
+    """What ``make`` builds of ``args`` that somebody else wrote, to be filled with ``weights``.
+
+    Raises BundleError, which begins with ``what``, where it cannot be built or asks for far more memory than they fill.
+    """
+    try:
+        check_arguments(args)
+        with at_most(sum(tensor.numel() for tensor in weights.values()), len(weights)):
+            return make()
+    except Exception as error:  # a constructor may stumble over its arguments in any way
+        why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise BundleError(f"{what}: {why}") from error
 
 
 def load_network(path: Path, spec: NetworkSpec, module: nn.Module) -> nn.Module:
@@ -216,13 +238,21 @@ def _fill(path: Path, spec: NetworkSpec, module: nn.Module, tensors: Mapping[str
                 f"weight {key!r} in {file} has shape {tuple(tensors[key].shape)}, but {spec.network!r} "
                 f"with {spec.args} needs {tuple(wanted[key].shape)}; do the classes of model.yaml fit the weights?"
             )
-        if not tensors[key].isfinite().all():
+        if not tensors[key].to(wanted[key].dtype).isfinite().all():  # the types of 8 bits cannot say it themselves
             raise BundleError(
-                f"weight {key!r} in {file} has values that are not finite: the training diverged, or they are too "
-                "large for half precision; train it again, or restore the bundle"
+                f"weight {key!r} in {file} has values that are not finite: the training diverged; train it again, or "
+                "restore the bundle"
             )
     module.load_state_dict(tensors)
     return module.eval()
+
+
+def _checked(path: Path, data: Mapping[str, Any]) -> Bundle:
+    try:
+        return _parse(path, data)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise BundleError(f"{path / 'model.yaml'}: {what}; compare it with a bundle under models/") from error
 
 
 def _parse(path: Path, data: Mapping[str, Any]) -> Bundle:

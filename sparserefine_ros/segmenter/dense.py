@@ -110,7 +110,7 @@ def _given(
     try:
         source = GivenFile(
             bundle.path / spec.weights, spec.args["input"], spec.args["output"], FLOATS[spec.args["dtype"]],
-            bool(spec.args["one_image"]),
+            bool(spec.args["one_image"]), spec.sha256,
         )  # fmt: skip
     except KeyError as error:
         raise BundleError(
@@ -223,7 +223,7 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
         pairs = list(zip(names, names[1:], strict=False)) if isinstance(parent, nn.Sequential) else [TRANSFORMERS_PAIR]
         for first, second in pairs:
             conv, norm = getattr(parent, first, None), getattr(parent, second, None)
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d:  # timm's heirs of both do more than these
                 setattr(parent, first, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, second, nn.Identity())
     return module

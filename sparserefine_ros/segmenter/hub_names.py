@@ -19,6 +19,8 @@ from sparserefine_ros.segmenter.preprocess import MEAN, STD
 from sparserefine_ros.untrusted import read_text
 
 WEIGHTS = "model.safetensors"
+DEFAULT_CLASSES = 2
+"""Of a configuration that names none: transformers leaves out what is its default."""
 
 ATTENTION: Renames = (
     (r"\.attention\.self\.query\.", ".attention.q_proj."),
@@ -98,14 +100,24 @@ def read_architecture(folder: Path, num_classes: int) -> tuple[str, Architecture
 
     Raises:
         BundleError: an unreadable file, an unknown class or backbone, another number of classes, or a
-            preprocessor_config.json that normalises images otherwise than ours are.
+            preprocessor_config.json that scales or normalises images otherwise than ours are.
     """
+    try:
+        return _read_architecture(folder, num_classes)
+    except (TypeError, AttributeError) as error:
+        raise BundleError(
+            f"cannot use the settings in {folder}: {error}; give a folder as downloaded from the hub"
+        ) from error
+
+
+def _read_architecture(folder: Path, num_classes: int) -> tuple[str, Architecture]:
+    """Raises TypeError or AttributeError for values that are no lists, no mappings or no numbers where some are due."""
     config = _read(folder / "config.json")
     name = str(next(iter(config.get("architectures") or ()), None))
     if name not in FAMILIES:
         raise BundleError(f"{folder / 'config.json'} is of class {name}; known are {', '.join(FAMILIES)}")
     family = FAMILIES[name]
-    found = len(config["id2label"]) if "id2label" in config else config.get("num_labels")
+    found = len(config["id2label"]) if "id2label" in config else config.get("num_labels", DEFAULT_CLASSES)
     if found != num_classes:
         raise BundleError(f"{folder / 'config.json'} has {found} classes, --classes has {num_classes}")
     _check_statistics(folder / "preprocessor_config.json")
@@ -123,6 +135,12 @@ def _check_statistics(file: Path) -> None:
     if not file.exists():
         return
     settings = _read(file)
+    for key in ("do_rescale", "do_normalize"):
+        if settings.get(key) is False:
+            raise BundleError(f"{file} has {key} false; images are scaled to 1 and normalised here")
+    factor = settings.get("rescale_factor", 1 / 255)
+    if not math.isclose(factor, 1 / 255, rel_tol=1e-3):
+        raise BundleError(f"{file} has rescale_factor {factor}; images are scaled by 1/255 here")
     for key, ours in (("image_mean", MEAN), ("image_std", STD)):
         theirs = settings.get(key, ours)
         if len(theirs) != 3 or not all(math.isclose(a, b, abs_tol=1e-4) for a, b in zip(theirs, ours, strict=True)):

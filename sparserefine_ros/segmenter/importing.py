@@ -20,7 +20,7 @@ from sparserefine_ros.datasets.classes import ClassList
 from sparserefine_ros.errors import BundleError
 from sparserefine_ros.networks.registry import DENSE, build
 from sparserefine_ros.segmenter import onnx_file
-from sparserefine_ros.segmenter.bundle import ONNX, Bundle, NetworkSpec, save_network
+from sparserefine_ros.segmenter.bundle import ONNX, Bundle, NetworkSpec, construct, save_network
 from sparserefine_ros.segmenter.checkpoints import read_checkpoint
 from sparserefine_ros.segmenter.hub_download import download
 from sparserefine_ros.segmenter.hub_names import WEIGHTS, read_architecture
@@ -65,7 +65,7 @@ def import_checkpoint(
         network: a name of `mmseg_names.ARCHITECTURES`; None to tell it from the weights, and for a folder, whose
             config.json says what it is, and an ONNX file.
         classes: must have as many classes as the checkpoint.
-        folder: must not hold a bundle yet; its name becomes the bundle's.
+        folder: must hold neither a bundle nor ``file``; its name becomes the bundle's.
         native_size: (H, W) of the frames it is meant for; other sizes work too.
         scale: low resolution over native resolution.
         renames: applied before the architecture's own.
@@ -73,7 +73,8 @@ def import_checkpoint(
 
     Raises:
         BundleError: an unknown network or none that can be told, an unreadable file, weights that are missing, left
-            over or misshapen, a name on the hub that may not or cannot be downloaded.
+            over, misshapen or not finite, a name on the hub that may not or cannot be downloaded, classes or a size
+            that no bundle may have.
     """
     if (folder / "model.yaml").exists():
         raise BundleError(f"{folder} holds a bundle already; remove it or give another name")
@@ -81,6 +82,7 @@ def import_checkpoint(
         path=folder, name=folder.name, classes=classes, scale=scale, native_size=native_size,
         dense=NetworkSpec(ONNX, {}, "dense.onnx", ""), provenance={"version": __version__},
     )  # fmt: skip
+    bundle.check()  # before anything is written
     if not file.exists() and re.fullmatch(HUB_NAME, str(file)) and file.suffix not in SUFFIXES:
         name = str(file)
         if not may_download:
@@ -91,6 +93,8 @@ def import_checkpoint(
         bundle.provenance.update(hub=name, revision=file.name)
     if file.suffix == ".onnx" and network is not None:
         raise BundleError(f"{file} is an ONNX file, which says what it is; leave --network {network} out")
+    if folder.resolve() in (file.resolve(), file.resolve().parent):  # whose card, or weights, it would write over
+        raise BundleError(f"{folder} holds the checkpoint itself; give the bundle another name, or move {file.name}")
     licence = find_licence(file) if file.exists() else ""
     if file.suffix == ".onnx":
         bundle, report, found = _import_onnx(file, bundle)
@@ -131,10 +135,12 @@ def _import_weights(file: Path, network: str | None, bundle: Bundle, renames: Re
     source, file, state, architecture = _read(file, network, len(classes), renames)
     weights, rows = rename(state, architecture, renames)
     args = architecture.args(weights)
-    try:
-        module: nn.Module = build(DENSE, architecture.network, len(classes), args)
-    except ValueError as error:
-        raise BundleError(str(error)) from error
+
+    def make() -> nn.Module:
+        network: nn.Module = build(DENSE, architecture.network, len(classes), args)
+        return network
+
+    module = construct(make, args, weights, f"{file} as {source}")
     rows = fill(module, weights, rows, f"{file} as {source} with the {len(classes)} classes of {classes.name!r}")
     spec = save_network(bundle.path, module, architecture.network, args, "dense.safetensors")
     bundle.provenance.update(
@@ -159,8 +165,9 @@ def _read(
     state = read_checkpoint(file)
     name = network or detect(state, renames)
     if name is None:
+        beside = " its folder, whose config.json may say it, or" if (file.parent / "config.json").is_file() else ""
         raise BundleError(
-            f"cannot tell from the weights of {file} what network they are for; give --network, one of "
+            f"cannot tell from the weights of {file} what network they are for; give{beside} --network, one of "
             f"{', '.join(ARCHITECTURES)}"
         )
     return name, file, state, ARCHITECTURES[name]
@@ -207,6 +214,8 @@ def rename(
         for pattern, parts in architecture.splits:
             if match := re.fullmatch(pattern, targets[0]):
                 targets = tuple(match.expand(part) for part in parts)
+        if len(targets) > 1 and (tensor.ndim == 0 or len(tensor) % len(targets)):
+            raise BundleError(f"weight {key!r} of shape {tuple(tensor.shape)} cannot be split into {len(targets)}")
         for target, part in zip(targets, tensor.chunk(len(targets)) if len(targets) > 1 else (tensor,), strict=True):
             if target in weights:
                 raise BundleError(f"two weights become {target!r}, one of them {key!r}; correct the renames")
@@ -237,6 +246,8 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], rows: Sequence[Row], 
                 f"{what}: weight {key!r} has shape {tuple(tensor.shape)}, needed is {tuple(ours.shape)}; "
                 "check the network's size and the number of classes"
             )
+        if not tensor.to(ours.dtype).isfinite().all():
+            raise BundleError(f"{what}: weight {key!r} has values that are not finite; its training diverged")
         wanted[key] = tensor.reshape(ours.shape).to(ours.dtype)
     module.load_state_dict(wanted)
     return rows
@@ -248,7 +259,12 @@ def _sha256(file: Path) -> str:
 
 def _substitute(name: str, renames: Renames) -> str:
     for pattern, replacement in renames:
-        name = re.sub(pattern, replacement, name)
+        try:
+            name = re.sub(pattern, replacement, name)
+        except (re.error, IndexError) as error:  # a group that the pattern does not have
+            raise BundleError(
+                f"cannot rename {name!r} by {[pattern, replacement]}: {error}; correct the renames"
+            ) from error
     return name
 
 

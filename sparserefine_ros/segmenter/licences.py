@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sparserefine_ros.segmenter.bundle import Bundle
+from sparserefine_ros.untrusted import MAX_TEXT, parse_yaml
 
 NAMES = ("license", "licence", "copying")  # of files, in small letters, without what stands behind a dot
 UNKNOWN = "none found with the checkpoint: ask those who published it before you use it"
@@ -25,7 +24,7 @@ def find_licence(checkpoint: Path) -> str:
         return f"{named} ({head['license_link']})" if head.get("license_link") else named
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.name.lower().split(".")[0] in NAMES:
-            lines = [line.strip() for line in file.read_text(errors="replace").splitlines()]
+            lines = [line.strip() for line in _beginning(file).splitlines()]
             found = f"{file.name}, which begins: {next(filter(None, lines), '(empty)')}"
             return found if checkpoint.is_dir() else f"{found} (it lies beside the file; is it meant for it?)"
     return ""
@@ -56,11 +55,17 @@ def _front_matter(file: Path) -> dict[str, Any]:
     """The YAML between two lines of dashes that a model card of the hub begins with."""
     if not file.is_file():
         return {}
-    parts = file.read_text(errors="replace").split("---", 2)
+    parts = _beginning(file).split("---", 2)
     if len(parts) < 3 or parts[0].strip():
         return {}
     try:
-        data = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        data = parse_yaml(parts[1])
+    except ValueError:
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def _beginning(file: Path) -> str:
+    """Text that somebody else wrote, as much of it as is read of any."""
+    with file.open("rb") as stream:
+        return stream.read(MAX_TEXT).decode(errors="replace")

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from sparserefine_ros.errors import BundleError
 from sparserefine_ros.native import cache_folder
+from sparserefine_ros.segmenter.bundle_files import read_weights
 from sparserefine_ros.segmenter.onnx_session import Progress, onnxruntime, open_session, pick_providers, provider_of
 
 NUMPY = {torch.float32: np.float32, torch.float16: np.float16}
@@ -79,6 +80,9 @@ class ExportedNetwork:
             logger.info("exported in %.0f s; differs from torch by %.1e of the largest logit", seconds, done.difference)
         return file
 
+    def content(self) -> None:
+        """The file is read as it is: nobody else's."""
+
 
 @dataclass(frozen=True)
 class GivenFile:
@@ -89,10 +93,15 @@ class GivenFile:
     output: str
     dtype: torch.dtype
     one_image: bool
+    sha256: str
     dynamic: bool = True  # of one size, its bundle asks for no other
 
     def file(self, size: tuple[int, int], fixed: bool) -> Path:
         return self.path
+
+    def content(self) -> bytes:
+        """What is hashed is what is parsed; BundleError where that is not what the bundle says."""
+        return read_weights(self.path.parent, self.path.name, self.sha256)
 
 
 Source: TypeAlias = ExportedNetwork | GivenFile
@@ -200,13 +209,22 @@ class OnnxDense(nn.Module):
         return logits
 
     def _open(self, file: Path, size: tuple[int, int]) -> Any:
-        builds = self.wanted[0] == "tensorrt"
+        builds, engines = self.wanted[0] == "tensorrt", self.engines
         if builds:
-            self.engines.mkdir(parents=True, exist_ok=True)
-        what = f"TensorRT builds an engine of {file.name} for {size[0]}x{size[1]}, or reads it from {self.engines}"
+            # It knows an engine by the names in its graph alone: a network trained anew would run with its old weights.
+            engines = engines / hashlib.sha256(file.read_bytes()).hexdigest()[:24]
+            engines.mkdir(parents=True, exist_ok=True)
+        what = f"TensorRT builds an engine of {file.name} for {size[0]}x{size[1]}, or reads it from {engines}"
         with self.progress(what) if builds else nullcontext():
             session = open_session(
-                self.runtime, file, self.wanted, self.strict, self.device, self.may_halve, self.engines
+                self.runtime,
+                file,
+                self.wanted,
+                self.strict,
+                self.device,
+                self.may_halve,
+                engines,
+                self.source.content(),
             )
             if builds:  # the first run builds what opening did not
                 session.run(None, {self.source.input: np.zeros((1, 3, *size), NUMPY[self.source.dtype])})

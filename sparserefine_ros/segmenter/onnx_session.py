@@ -57,11 +57,13 @@ def pick_providers(provider: str, device: torch.device, available: list[str]) ->
 
 
 def open_session(
-    runtime: Any, file: Path, wanted: list[str], strict: bool, device: torch.device, half: bool, engines: Path
-) -> Any:
+    runtime: Any, file: Path, wanted: list[str], strict: bool, device: torch.device, half: bool, engines: Path,
+    content: bytes | None = None,
+) -> Any:  # fmt: skip
     """A session that runs ``file`` on the first of ``wanted`` that starts.
 
     Args:
+        content: of ``file``, where that was checked: the file is not read again.
         wanted, strict: as `pick_providers` gives them.
         half: TensorRT may compute in float16.
         engines: where TensorRT keeps what it has built.
@@ -84,7 +86,9 @@ def open_session(
     }  # fmt: skip
     try:
         session = runtime.InferenceSession(
-            str(file), options, providers=[(PROVIDERS[name], settings[name]) for name in wanted]
+            str(file) if content is None else content,
+            options,
+            providers=[(PROVIDERS[name], settings[name]) for name in wanted],
         )
     except Exception as error:  # its exceptions share no base of their own
         first = (str(error).splitlines() or [type(error).__name__])[0]

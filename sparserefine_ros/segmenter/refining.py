@@ -75,13 +75,22 @@ class Sparse(Refining):
 
     def __call__(self, seen: Seen) -> Refined | None:
         context = () if seen.probabilities is None else (seen.probabilities,)
+        inputs = (seen.selected, seen.native, *context)
+        if self.network.stride != "dilate" or len(seen.selected) == 1:
+            return self._answer(*inputs)
+        # The largest site of a batch bounds the coarse ones of "dilate": a frame's mask would depend on the others.
+        alone = (self._answer(*(tensor[image : image + 1] for tensor in inputs)) for image in range(len(seen.selected)))
+        parts = [answer.features.clone() for answer in alone if answer is not None]  # the next image overwrites them
+        return Refined(SiteSet.from_mask(seen.selected), torch.cat(parts)) if parts else None
+
+    def _answer(self, selected: Tensor, native: Tensor, *context: Tensor) -> Refined | None:
         if self.graphed is not None:
-            return Refined(*self.graphed(seen.selected, seen.native, *context))
-        pyramid = self.network.pyramid(seen.selected)
+            return Refined(*self.graphed(selected, native, *context))
+        pyramid = self.network.pyramid(selected)
         sites = pyramid.levels[0]
         if len(sites) == 0:
             return None
-        return Refined(sites, self.network.features(refiner_input(sites, seen.native, *context), pyramid))
+        return Refined(sites, self.network.features(refiner_input(sites, native, *context), pyramid))
 
 
 class Bilateral(Refining):

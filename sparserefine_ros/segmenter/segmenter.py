@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from sparserefine_ros.errors import BundleError, FrameError, ParameterError
 from sparserefine_ros.networks.graphed import Graphed
 from sparserefine_ros.networks.points import CoarseFine
-from sparserefine_ros.networks.registry import DENSE, REFINERS, Refiner
+from sparserefine_ros.networks.registry import REFINERS, Refiner
 from sparserefine_ros.networks.selectors import upsample_nearest
 from sparserefine_ros.segmenter.bundle import ONNX, Bundle, NetworkSpec
 from sparserefine_ros.segmenter.dense import (
@@ -33,8 +33,8 @@ from sparserefine_ros.segmenter.dense import (
     coarse_and_fine,
     load_dense,
     load_registered,
-    unwrapped,
 )
+from sparserefine_ros.segmenter.fitting import check_refiner
 from sparserefine_ros.segmenter.head import build_head
 from sparserefine_ros.segmenter.onnx_dense import OnnxDense
 from sparserefine_ros.segmenter.preprocess import low_resolution_size, normalise, resize, shrink, to_host, upload
@@ -129,11 +129,10 @@ class Segmenter:
         if self.refines and bundle.refiner is not None:
             self.refiner = load_registered(bundle, bundle.refiner, REFINERS).to(self.device)
             kind = KINDS[bundle.refiner.network]
-            if kind.needs_maps:
-                self._check_maps(bundle.refiner.network)
+            tuned = bundle.native if kind.needs_native and spec is bundle.dense else None
+            check_refiner(bundle, self.refiner, self.dense, tuned or spec, self.runtime)
             native: Any = None
             if kind.needs_native:
-                tuned = bundle.native if spec is bundle.dense else None
                 native = load_dense(bundle, tuned, self.device, precision).module if tuned else self.dense
             self.refining = kind(self.refiner, backend, PRECISIONS[precision], native)
         self.head = build_head(self.refiner, self.device)
@@ -151,17 +150,6 @@ class Segmenter:
                 f"scale {scale}; export it anew with dynamic height and width"
             )
         return height, width
-
-    def _check_maps(self, refiner: str) -> None:
-        """Raises where the dense segmenter does not show the refiner what it reads."""
-        if self.runtime != "torch":
-            raise ParameterError(f"refiner {refiner!r} reads features of the dense segmenter; set runtime to torch")
-        if not hasattr(unwrapped(self.dense), "coarse_and_fine"):
-            shown = [name for name, kind in DENSE.items() if hasattr(kind, "coarse_and_fine")]
-            raise BundleError(
-                f"refiner {refiner!r} reads features that network {self.bundle.dense.network!r} does not show; "
-                f"networks that do: {', '.join(shown)}"
-            )
 
     def low_size(self, size: tuple[int, ...]) -> tuple[int, int]:
         """(h, w) at which the dense segmenter sees a frame of ``size`` (H, W)."""
@@ -224,7 +212,7 @@ class Segmenter:
         if self._superpixels is None:
             raise ParameterError(f"bundle {self.bundle.name!r} has no superpixels; choose a superpixel bundle")
         size = (image.shape[0], image.shape[1])
-        low = torch.from_numpy(resize(image, self.low_size(size)))[None].to(self.device)
+        low = upload([resize(image, self.low_size(size))], self.device)
         with self._autocast():
             ids = self._superpixels.superpixels(normalise(low))  # [1, h, w]
         [array] = to_host(upsample_nearest(ids, size)[0])
@@ -247,7 +235,7 @@ class Segmenter:
             native = upload(images, self.device) if on_gpu or refine else None
             low = None if on_gpu else upload([resize(image, self.low_size(size)) for image in images], self.device)
         maps: CoarseFine | None = None
-        with clock("dense"):
+        with clock("dense"), self._naming(size):
             if refine and self.refining is not None and self.refining.needs_maps:
                 assert native is not None
                 low = shrink(native, self.low_size(size)) if low is None else low
@@ -288,6 +276,23 @@ class Segmenter:
             Segmentation(masks[b], confidences[b], entropies[b], float(densities[b]), ms, threshold)
             for b in range(len(images))
         ]
+
+    @contextmanager
+    def _naming(self, size: tuple[int, int]) -> Iterator[None]:
+        """FrameError where the dense segmenter does not take images as small, or as odd, as frames of ``size`` become.
+
+        What a machine lacks, memory or a device, stays the error that it is.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if any(word in str(error).lower() for word in ("memory", "alloc", "cuda")):
+                raise
+            height, width = self.low_size(size)
+            raise FrameError(
+                f"the dense segmenter of bundle {self.bundle.name!r} fails on images of {height}x{width}: "
+                f"{str(error).strip() or type(error).__name__}; give frames or a scale that make a size it takes"
+            ) from error
 
     def _check_logits(self, logits: Tensor, images: int) -> None:
         """BundleError unless [B, K, h, w]: kernels take it at its word, and weights in an ONNX file show no classes."""
@@ -338,6 +343,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("nothing here was written for it")
     except RuntimeError as error:
         raise ParameterError(f"device {name!r} is unknown; give auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
