@@ -14,6 +14,7 @@ import copy
 import io
 import warnings
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -163,13 +164,15 @@ def _write(
 ) -> None:  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx: Any = require("onnx", "onnx")
+    # torch 2.4 has one exporter and no such choice
+    choice: dict[str, Any] = {"dynamo": False} if "dynamo" in signature(torch.onnx.export).parameters else {}
     chatter = io.StringIO()  # on failure the exporter prints the whole graph
     with warnings.catch_warnings(), contextlib.redirect_stdout(chatter), torch.no_grad():
         warnings.simplefilter("ignore")  # tracing warns of every size that becomes a number
         try:
             torch.onnx.export(
                 module, inputs, str(path), input_names=names, output_names=outputs, dynamic_axes=axes,
-                opset_version=OPSET, dynamo=False,
+                opset_version=OPSET, **choice,
             )  # fmt: skip
         except (RuntimeError, ValueError, TypeError, torch.onnx.errors.OnnxExporterError) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]

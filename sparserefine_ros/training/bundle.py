@@ -73,7 +73,7 @@ def train_bundle(recipe: Recipe, data: Path | None, runs: Path, folder: Path, de
         spec = _save(folder, refiner, recipe.refiner, "refiner.safetensors")
         bundle = replace(bundle, refiner=spec, provenance=provenance)
         bundle.save()
-    for name in (name for name in STAGES if getattr(recipe, name)):
+    for name in (name for name in STAGES if name != "ensembler" and getattr(recipe, name)):  # its epochs are too few
         draw_curves(runs / f"{name}.jsonl", folder / f"{name}_training.png")
     return bundle
 
