@@ -21,7 +21,7 @@ from sparserefine_ros.node.conversion import to_rgb
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
 from sparserefine_ros.segmenter.segmenter import Segmenter
 from sparserefine_ros.training.dense import DenseTask
-from sparserefine_ros.training.distill import distill, gap_closed, summary, teach
+from sparserefine_ros.training.distill import ENSEMBLER, distill, gap_closed, summary, teach
 from sparserefine_ros.training.frames import evenly_spaced, read_frames, split_blocks
 from sparserefine_ros.training.loop import train
 from sparserefine_ros.training.recipe import StageRecipe
@@ -32,7 +32,7 @@ DENSE = StageRecipe(
     lr=1e-2, ema=0.9, validate_every=100,
 )  # fmt: skip
 STUDENT = StageRecipe(
-    "sparserefine", {"channels": [8, 16], "stride": "floor", "blocks": 1, "ensembler": "residual", "context": True},
+    "sparserefine", {"channels": [8, 16], "stride": "floor", "blocks": 1},
     epochs=15, batch=4, scale=(1.0, 1.0), lr=1e-2, ema=0.9, class_weight_power=0.0, validate_every=100,
 )  # fmt: skip
 
@@ -86,8 +86,11 @@ def test_a_student_comes_closer_to_its_teacher(bundle: Bundle, tmp_path: Path) -
         distill(bundle, SCENES[1:], tmp_path / "new", tmp_path / "runs", CPU, STUDENT, recall=0.9)
 
 
-def test_an_untrained_student_is_low_resolution(bundle: Bundle, tmp_path: Path) -> None:
+def test_an_untrained_student_is_low_resolution(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     still = replace(STUDENT, epochs=1, lr=1e-12)
+    monkeypatch.setattr("sparserefine_ros.training.distill.ENSEMBLER", replace(ENSEMBLER, lr=1e-12))
     made, held_out = distill(bundle, UNLABELLED_SCENES[:5], tmp_path / "new", tmp_path / "runs", CPU, still)
     segmenter = Segmenter(made, "cpu")
     low, refined = (segmenter.segment([held_out[0].image], refine=refine)[0] for refine in (False, True))

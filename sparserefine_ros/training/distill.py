@@ -23,18 +23,20 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from torch import Tensor, nn
+from torch import nn
 
 from sparserefine_ros.datasets.base import Sample
 from sparserefine_ros.errors import TrainingError
 from sparserefine_ros.evaluation.calibration import DensityRecall, density_recall, draw
 from sparserefine_ros.evaluation.compare import HR, LR
 from sparserefine_ros.networks.bilateral import BilateralRefiner
+from sparserefine_ros.networks.ensemblers import build_ensembler
 from sparserefine_ros.networks.registry import REFINERS, build
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
 from sparserefine_ros.segmenter.segmenter import Segmenter
 from sparserefine_ros.training.bundle import copy_dense, stage_summary
 from sparserefine_ros.training.curves import draw_curves
+from sparserefine_ros.training.ensembler import EnsemblerTask
 from sparserefine_ros.training.frames import split_blocks
 from sparserefine_ros.training.loop import train
 from sparserefine_ros.training.recipe import StageRecipe
@@ -44,22 +46,20 @@ MIN_FRAMES = 5  # one held out, four to train on
 CALIBRATION_FRAMES = 100
 VALIDATION_FRAMES = 50  # of the held-out ones, while training
 
-# Wide views at about the scale of use; every pixel counts alike, as in the agreement that is wanted.
+# Wide views at about the scale of use; every pixel counts alike, as in the agreement that is wanted. The branch sees
+# colours alone: shown the initial prediction it repeats that, and two predictions that agree correct nothing.
 RECIPE = StageRecipe(
     "sparserefine",
-    {"channels": [16, 32, 64], "stride": "floor", "ensembler": "residual", "context": True},
+    {"channels": [16, 32, 64], "stride": "floor"},
     epochs=24, batch=4, crop=(512, 1024), scale=(0.85, 1.2), lr=2e-3, ema=0.99, class_weight_power=0.0,
     validate_every=4,
 )  # fmt: skip
+ENSEMBLER = replace(RECIPE, network="gated", args={}, epochs=2, batch=2, lr=3e-3, validate_every=1)
+"""The gate, anew on the finished branch: see `training.ensembler`."""
 
 
-class DistillTask(RefinerTask):
-    """A refiner whose labels are the teacher's masks."""
-
-    def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-        """Cross-entropy of the final logits alone: the sparse branch is a correction and need not stand by itself."""
-        _, ensembled, target, _ = self._refine(module, *batch)
-        return self._cross_entropy(target, ensembled)
+class Agreement(RefinerTask):
+    """A task whose labels are the teacher's masks, and its figure of merit how often it gives them."""
 
     @torch.inference_mode()
     def validate(self, module: nn.Module) -> dict[str, float]:
@@ -69,6 +69,10 @@ class DistillTask(RefinerTask):
             "agreement_lr": matrices["miou_lr"].accuracy(), "agreement": matrices["miou"].accuracy(),
             "density": density,
         }  # fmt: skip
+
+
+class GateAgreement(Agreement, EnsemblerTask):
+    """The same of the ensembler alone."""
 
 
 def distill(
@@ -115,10 +119,8 @@ def distill(
     if recipe is None:
         spec = save_network(folder, BilateralRefiner(len(bundle.classes)), "bilateral", {}, "refiner.safetensors")
     else:
-        size = frames[0].image.shape[:2]
-        recipe = replace(recipe, crop=(min(size[0], recipe.crop[0]), min(size[1], recipe.crop[1])))
         refiner = _train(bundle, train_frames, held_frames[:VALIDATION_FRAMES], recipe, runs, seed, device)
-        facts |= {"seed": seed, "refiner": stage_summary(recipe)}
+        facts |= {"seed": seed, "refiner": stage_summary(recipe), "ensembler": stage_summary(ENSEMBLER)}
         spec = save_network(folder, refiner, recipe.network, recipe.args, "refiner.safetensors")
         draw_curves(runs / "refiner.jsonl", folder / "refiner_training.png")
     bundle = replace(bundle, refiner=spec, provenance={**bundle.provenance, "distilled": facts})
@@ -150,24 +152,23 @@ def _train(
     seed: int,
     device: torch.device,
 ) -> nn.Module:
+    """The branch, then its gate."""
     torch.manual_seed(seed)
-    refiner = build(REFINERS, recipe.network, len(bundle.classes), recipe.args)
+    refiner: Any = build(REFINERS, recipe.network, len(bundle.classes), recipe.args)
     with torch.no_grad():  # starts out saying nothing: an untrained student is LR
         refiner.classifier.weight.zero_()
         refiner.classifier.bias.zero_()
-    dense = Segmenter(bundle, str(device)).dense
-    task = DistillTask(
-        refiner,
-        dense,
-        bundle.classes,
-        train_frames,
-        held_frames,
-        recipe,
-        bundle.scale,
-        bundle.entropy_threshold,
-        device,
+    height, width = train_frames[0].image.shape[:2]
+    branch, gate = (
+        replace(stage, crop=(min(height, stage.crop[0]), min(width, stage.crop[1]))) for stage in (recipe, ENSEMBLER)
     )
-    return train(task, recipe, runs, "refiner", seed, device)
+    frames = (Segmenter(bundle, str(device)).dense, bundle.classes, train_frames, held_frames)
+    setting = (bundle.scale, bundle.entropy_threshold, device)
+    refiner = train(Agreement(refiner, *frames, branch, *setting), branch, runs, "refiner", seed, device)
+    refiner.ensembler = build_ensembler(gate.network, len(bundle.classes))
+    task = GateAgreement(refiner, *frames, gate, *setting)
+    refiner.ensembler = train(task, gate, runs, "ensembler", seed, device)
+    return refiner
 
 
 def summary(table: dict[str, Any]) -> str:
