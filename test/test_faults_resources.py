@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -274,7 +275,7 @@ class FakeSession:
 def fake_runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Stands in for onnxruntime; the folder of its files."""
     runtime = SimpleNamespace(
-        __version__="0", SessionOptions=SimpleNamespace, InferenceSession=FakeSession,
+        __version__="0", SessionOptions=MagicMock, InferenceSession=FakeSession,
         get_available_providers=lambda: ["CPUExecutionProvider"],
     )  # fmt: skip
     monkeypatch.setattr(onnx_dense, "onnxruntime", lambda: runtime)
