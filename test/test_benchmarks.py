@@ -128,8 +128,8 @@ def test_command_prints_saves_and_draws(tmp_path: Path, capsys: pytest.CaptureFi
         (["--size", "33x64"], "even"),
         (["--repeats", "0"], "1 or more"),
         (["--channels", "4,0"], "--channels 4,0: give C,C,... of 1 or more each"),
-        (["--json", str(tmp_path / "b.json" / "c.json")], "give a file in a folder that can be made"),
-        (["--json", str(tmp_path)], "is a folder; give a file"),
+        (["--json", str(tmp_path / "b.json" / "c.json")], "cannot make the folder"),
+        (["--json", str(tmp_path)], "it is a folder; give a file"),
         (["--plot", str(tmp_path / "b.txt")], "b.txt is no picture; give a name that ends in"),
     ):
         assert cli.main([*arguments, *bad]) == 2

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from sparserefine_ros.errors import ParameterError
+from sparserefine_ros.evaluation import files
 
 
 def add_size(parser: argparse.ArgumentParser, default: str, what: str) -> None:
@@ -20,15 +21,10 @@ def check_threads(threads: int | None) -> None:
 
 
 def check_output(option: str, file: Path | None) -> None:
-    """Makes the folder of ``file``; ParameterError where nothing could be saved there, before minutes are spent."""
+    """Makes the folder of ``file``; an error where nothing could be saved there, before minutes are spent."""
     if file is None:
         return
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ParameterError(f"{option} {file}: {error}; give a file in a folder that can be made") from error
-    if file.is_dir():
-        raise ParameterError(f"{option} {file} is a folder; give a file")
+    files.check(file)
     if option == "--plot":
         from matplotlib.figure import Figure  # imported late: slow
 
