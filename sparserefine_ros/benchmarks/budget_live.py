@@ -24,7 +24,7 @@ from sparserefine_ros.evaluation.mask_spool import MaskSpool
 from sparserefine_ros.evaluation.metrics import ConfusionMatrix
 from sparserefine_ros.evaluation.replay_metrics import percentiles
 from sparserefine_ros.evaluation.report import hardware, versions
-from sparserefine_ros.node.process import NodeProcess, free_domain_id
+from sparserefine_ros.node.process import NodeError, NodeProcess, free_domain_id
 from sparserefine_ros.segmenter.bundle import Bundle
 from sparserefine_ros.segmenter.segmenter import Segmenter
 
@@ -122,6 +122,8 @@ def _run(
             if stamp in log.timing:
                 told = log.timing[stamp]
                 timeline.append({"frame": i} | {k: told[k] for k in ("latency_ms", "entropy_threshold", "density")})
+    if not timeline:
+        raise NodeError(f"the node answered none of {len(frames)} frames at {rate_hz:g} Hz; lower --rate, or --size")
     for row in timeline:
         if not np.isfinite(row["entropy_threshold"]):  # left dense; JSON knows no infinity
             row["entropy_threshold"] = None
