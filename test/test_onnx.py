@@ -79,6 +79,19 @@ def test_logits_equal_torchs_and_the_file_is_kept(tmp_path: Path, monkeypatch: p
             exported(identity, tmp_path, half).prepare((32, 48))
 
 
+def test_sessions_of_one_size_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that has not been used for longest goes; its size is served again when it comes again."""
+    needs_onnx()
+    monkeypatch.setattr(onnx_dense, "MAX_SESSIONS", 2)
+    network, dense = tiny_network(), exported(["a"], tmp_path)
+    dense.fixed = True
+    for width, kept in ((32, [32]), (48, [32, 48]), (32, [48, 32]), (64, [32, 64]), (48, [64, 48])):
+        images = torch.randn(1, 3, 32, width)
+        with torch.no_grad():
+            torch.testing.assert_close(dense(images), network(images), rtol=1e-4, atol=1e-5)
+        assert list(dense.sessions) == [(32, each) for each in kept]
+
+
 def test_results_are_not_overwritten_by_the_next_call(tmp_path: Path) -> None:
     needs_onnx()
     dense = exported(["a"], tmp_path)

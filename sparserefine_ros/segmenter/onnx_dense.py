@@ -31,6 +31,7 @@ from sparserefine_ros.segmenter.onnx_session import Progress, onnxruntime, open_
 
 NUMPY = {torch.float32: np.float32, torch.float16: np.float16}
 FORMAT = 1  # of the files kept; another number exports anew
+MAX_SESSIONS = 8  # where each serves one size: cameras that change theirs must not fill the memory
 
 logger = logging.getLogger("sparserefine_ros")
 
@@ -146,7 +147,9 @@ class OnnxDense(nn.Module):
         if self.degraded:
             return None
         key = size if self.fixed else None
-        if key not in self.sessions:
+        if key in self.sessions:
+            self.sessions[key] = self.sessions.pop(key)  # the one used last stands last
+        else:
             try:
                 self.sessions[key] = self._session(size)
             except OSError as error:
@@ -159,6 +162,8 @@ class OnnxDense(nn.Module):
                 logger.warning(self.degraded)
                 self.instead = self.source.load().to(self.device)
                 return None
+            if len(self.sessions) > MAX_SESSIONS:
+                self.sessions.pop(next(iter(self.sessions)))
         return self.sessions[key]
 
     def _session(self, size: tuple[int, int]) -> Any:
