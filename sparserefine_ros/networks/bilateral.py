@@ -19,6 +19,7 @@ from sparserefine_ros.networks.selectors import nearest_index
 from sparserefine_ros.sparse import SiteSet
 
 CHUNK = 8192  # pixels a CPU core holds in its cache
+GPU_CHUNK = 1 << 18  # pixels that keep a GPU busy, and take a few hundred MB with 25 taps
 MAX_RADIUS = 16  # 1089 taps; every pixel reads as many colours and probabilities
 
 
@@ -69,7 +70,7 @@ class BilateralRefiner(nn.Module):
         """
         rows = probabilities.permute(0, 2, 3, 1).reshape(-1, probabilities.shape[1])  # [B h w, K]
         colours = low.view(-1, 3).float() / 255  # [B h w, 3]
-        chunk = CHUNK if native.device.type == "cpu" else max(len(sites), 1)
+        chunk = CHUNK if native.device.type == "cpu" else GPU_CHUNK
         parts = []
         for part, flat in zip(sites.sites.split(chunk), sites.flat.split(chunk), strict=True):
             index, centre, squared = self._window(part, native.shape[1:3], low.shape[1:3])
