@@ -20,7 +20,6 @@ from sparserefine_ros.datasets.base import Sample
 from sparserefine_ros.datasets.splits import load_split
 from sparserefine_ros.errors import TrainingError
 from sparserefine_ros.evaluation.calibration import calibrate_bundle
-from sparserefine_ros.networks.ensemblers import build_ensembler
 from sparserefine_ros.networks.registry import DENSE, REFINERS, build
 from sparserefine_ros.segmenter.bundle import Bundle, NetworkSpec, save_network
 from sparserefine_ros.segmenter.segmenter import Segmenter
@@ -59,14 +58,13 @@ def train_bundle(recipe: Recipe, data: Path | None, runs: Path, folder: Path, de
         setting = (recipe.scale, bundle.entropy_threshold, device)
         task = TASKS[recipe.refiner.network](
             refiner, dense, classes, refiner_frames, val_frames, recipe.refiner, *setting
-        )  # fmt: skip
+        )
         origin = {"dataset": recipe.dataset, "recall": recipe.recall, "dense": bundle.dense.sha256}
         refiner = train(task, recipe.refiner, runs, "refiner", recipe.seed, device, origin)
         provenance = {**bundle.provenance, "refiner": stage_summary(recipe.refiner)}
         if recipe.ensembler:
             origin["refiner"] = _digest(refiner)
             torch.manual_seed(recipe.seed)
-            refiner.ensembler = build_ensembler(recipe.ensembler.network, len(classes))
             task = EnsemblerTask(refiner, dense, classes, refiner_frames, val_frames, recipe.ensembler, *setting)
             refiner.ensembler = train(task, recipe.ensembler, runs, "ensembler", recipe.seed, device, origin)
             provenance["ensembler"] = stage_summary(recipe.ensembler)

@@ -30,7 +30,6 @@ from sparserefine_ros.errors import TrainingError
 from sparserefine_ros.evaluation.calibration import DensityRecall, density_recall, draw
 from sparserefine_ros.evaluation.compare import HR, LR
 from sparserefine_ros.networks.bilateral import BilateralRefiner
-from sparserefine_ros.networks.ensemblers import build_ensembler
 from sparserefine_ros.networks.registry import REFINERS, build
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
 from sparserefine_ros.segmenter.segmenter import Segmenter
@@ -165,7 +164,7 @@ def _train(
     frames = (Segmenter(bundle, str(device)).dense, bundle.classes, train_frames, held_frames)
     setting = (bundle.scale, bundle.entropy_threshold, device)
     refiner = train(Agreement(refiner, *frames, branch, *setting), branch, runs, "refiner", seed, device)
-    refiner.ensembler = build_ensembler(gate.network, len(bundle.classes))
+    torch.manual_seed(seed)  # the same gate where the branch was finished by an earlier call
     task = GateAgreement(refiner, *frames, gate, *setting)
     refiner.ensembler = train(task, gate, runs, "ensembler", seed, device)
     return refiner

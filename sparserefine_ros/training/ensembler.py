@@ -7,23 +7,37 @@ no weight, it learns how far each of the two predictions can be believed.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
+from sparserefine_ros.datasets.base import Sample
+from sparserefine_ros.datasets.classes import ClassList
+from sparserefine_ros.networks.ensemblers import build_ensembler
 from sparserefine_ros.networks.refiner import SparseRefiner
+from sparserefine_ros.training.recipe import StageRecipe
 from sparserefine_ros.training.refiner import RefinerTask
 
 
 class EnsemblerTask(RefinerTask):
-    """``refiner``'s ensembler as the module that learns; all else of the refiner stays as it is.
+    """A new ensembler, the recipe's network, as the module that learns; all else of ``refiner`` stays as it is."""
 
-    ``args`` are `RefinerTask`'s behind the module.
-    """
-
-    def __init__(self, refiner: nn.Module, *args: Any) -> None:
+    def __init__(
+        self,
+        refiner: nn.Module,
+        dense: nn.Module,
+        classes: ClassList,
+        train: Sequence[Sample],
+        val: Sequence[Sample],
+        recipe: StageRecipe,
+        scale: float,
+        threshold: float,
+        device: torch.device,
+    ) -> None:
         assert isinstance(refiner, SparseRefiner)
-        super().__init__(refiner.ensembler, *args)
+        ensembler = build_ensembler(recipe.network, len(classes))
+        super().__init__(ensembler, dense, classes, train, val, recipe, scale, threshold, device)
         self.refiner = refiner.to(self.device).eval()
         for part in (refiner.unet, refiner.classifier):
             part.requires_grad_(False)
