@@ -20,6 +20,7 @@ from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterFile, ParameterValue
 
+from sparserefine_ros.node.memory import huge_pages_env
 from sparserefine_ros.node.parameters import PARAMETERS
 from sparserefine_ros.node.transport import config_file, profile_env
 
@@ -96,6 +97,7 @@ def generate_launch_description() -> LaunchDescription:
             # the first that matches counts
             remappings=[*pairs, ("image", image), ("image/compressed", f"{image}/compressed")],
             ros_arguments=["--log-level", LaunchConfiguration("log_level")],
+            additional_env=huge_pages_env(),
             output="screen",
             respawn=False,
         )

@@ -24,7 +24,7 @@ from std_msgs.msg import Header  # noqa: E402
 
 from sparserefine_ros.datasets.classes import CAMVID  # noqa: E402
 from sparserefine_ros.errors import FrameError, ParameterError  # noqa: E402
-from sparserefine_ros.node import labels  # noqa: E402
+from sparserefine_ros.node import labels, serialized  # noqa: E402
 from sparserefine_ros.node.cdr import read_message  # noqa: E402
 from sparserefine_ros.node.outputs import Outputs  # noqa: E402
 from sparserefine_ros.node.parameters import BY_NAME  # noqa: E402
@@ -199,7 +199,10 @@ class Recorder:
 
 
 @pytest.mark.parametrize("watched", [[], ["mask"], ["confidence", "color"], ["overlay"], ["overlay", "entropy"]])
-def test_pictures_are_made_only_while_somebody_looks(bench: Bench, watched: list[str]) -> None:
+def test_pictures_are_made_only_while_somebody_looks(
+    bench: Bench, watched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serialized, "RCL", None)  # it wants publishers that exist
     outputs = Outputs(QosWatch(bench.node), CAMVID, superpixels=False)
     outputs._images = {name: Recorder(name in watched) for name in outputs._images}
     outputs._timing = Recorder(0)

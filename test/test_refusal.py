@@ -16,9 +16,15 @@ from std_msgs.msg import Header  # noqa: E402
 
 from sparserefine_ros.datasets.classes import CITYSCAPES  # noqa: E402
 from sparserefine_ros.errors import FrameError  # noqa: E402
+from sparserefine_ros.node import serialized  # noqa: E402
 from sparserefine_ros.node.cdr import read_message  # noqa: E402
 from sparserefine_ros.node.outputs import Outputs  # noqa: E402
 from sparserefine_ros.node.refusal import Refusal, offer  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serialized, "RCL", None)  # it wants publishers that exist
 
 
 class Publisher:

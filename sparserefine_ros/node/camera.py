@@ -59,7 +59,7 @@ class Camera:
         self._unanswered: float | None = None  # when the first frame came after the last mask
         self._subscription: Any = None
 
-    def subscribe(self, qos: QoSProfile, receive: Callable[[Camera, bytes], None]) -> None:
+    def subscribe(self, qos: QoSProfile, receive: Callable[[Camera, memoryview], None]) -> None:
         """`receive` gets every image as it comes, serialized."""
         self._started = self.seen = time.monotonic()
         self._unanswered = None

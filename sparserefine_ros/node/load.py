@@ -105,7 +105,7 @@ class Camera(Peer):
     def _stamp(self, frame: bytes, camera: str) -> None:
         """Writes the time into the message where it lies, as a driver does: joining 6 MB would cost half a ms.
 
-        The bytes are nobody else's, and rclpy publishes nothing but bytes, so they are written through their address.
+        The bytes are nobody else's, so they are written through their address.
         """
         now = time.time_ns()
         self.log.sent.append(now)

@@ -15,6 +15,7 @@ from types import TracebackType
 
 import sparserefine_ros
 from sparserefine_ros.errors import SparseRefineError
+from sparserefine_ros.node.memory import huge_pages_env
 from sparserefine_ros.node.parameters import Value
 
 STOP_TIMEOUT_S = 15.0
@@ -53,6 +54,7 @@ class NodeProcess:
         self._scratch = tempfile.TemporaryDirectory(prefix="sparserefine_node_")
         self.log = self._log or Path(self._scratch.name) / "node.log"
         environment = {**os.environ, **self._environment}
+        environment |= huge_pages_env(environment)
         environment.setdefault("ROS_LOG_DIR", self._scratch.name)
         # the very package that runs here, installed or not
         package_root = str(Path(sparserefine_ros.__file__).resolve().parents[1])

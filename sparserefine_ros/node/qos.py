@@ -25,6 +25,7 @@ from rclpy.qos_overriding_options import InvalidQosOverridesError, QoSOverriding
 
 from sparserefine_ros.errors import ParameterError
 from sparserefine_ros.node.declare import overrides
+from sparserefine_ros.node.serialized import RCL, ByHand, Feed
 
 try:
     from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
@@ -50,6 +51,7 @@ class QosWatch:
     def __init__(self, node: Node) -> None:
         self.node = node
         self._mismatches: dict[Any, Mismatch] = {}
+        self._feeds: dict[Any, Feed] = {}
 
     def publisher(self, kind: type, topic: str, qos: QoSProfile) -> Any:
         """A publisher. Raises ParameterError for an override that is no QoS."""
@@ -76,7 +78,7 @@ class QosWatch:
         )
         return publisher
 
-    def subscription(self, kind: type, topic: str, callback: Callable[[bytes], None], qos: QoSProfile) -> Any:
+    def subscription(self, kind: type, topic: str, callback: Callable[[memoryview], None], qos: QoSProfile) -> Any:
         """A subscription that gets messages serialized. Raises ParameterError for an override that is no QoS."""
 
         def incompatible(event: Any) -> None:
@@ -93,8 +95,9 @@ class QosWatch:
             lambda options: self.node.create_subscription(
                 kind,
                 topic,
-                callback,
+                lambda message: callback(memoryview(message)),
                 _copy(qos),
+                callback_group=ByHand() if RCL else None,
                 event_callbacks=SubscriptionEventCallbacks(incompatible_qos=incompatible),
                 qos_overriding_options=options,
                 raw=True,
@@ -102,11 +105,15 @@ class QosWatch:
             topic,
             "subscription",
         )
+        if RCL:
+            self._feeds[subscription] = Feed(self.node, subscription, callback, RCL)
         return subscription
 
     def forget(self, endpoint: Any) -> None:
         """For a publisher or subscription that is about to be destroyed."""
         self._mismatches.pop(endpoint, None)
+        if feed := self._feeds.pop(endpoint, None):
+            feed.destroy()
 
     def complaints(self) -> list[str]:
         """What is wrong now, with its remedy."""

@@ -18,7 +18,7 @@ class Receipt:
     at: when it came, seconds of a steady clock.
     """
 
-    data: bytes
+    data: memoryview
     age_s: float
     at: float
     believed: bool
@@ -28,7 +28,7 @@ class Receipt:
         return (self.age_s + now - self.at) * 1e3
 
 
-def received(data: bytes, stamp_ns: int | None, now_ns: int, at: float) -> Receipt:
+def received(data: memoryview, stamp_ns: int | None, now_ns: int, at: float) -> Receipt:
     """The receipt of a frame with that stamp; `now_ns` is the node's clock, which may be /clock, `at` a steady one.
 
     The stamp counts only here, at arrival: what follows is measured by the steady clock, as /clock ticks coarsely.

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from rclpy.impl.implementation_singleton import rclpy_implementation
-
-Refusal: type[Exception] = rclpy_implementation.RCLError
+from sparserefine_ros.node.serialized import RCLError as Refusal
+from sparserefine_ros.node.serialized import publish
 
 
 def offer(publisher: Any, message: Any) -> bool:
     """Publishes; False where the message was refused, which costs it alone."""
     try:
-        publisher.publish(message)
+        if isinstance(message, bytes):
+            publish(publisher, message)
+        else:
+            publisher.publish(message)
     except Refusal:
         return False
     return True

@@ -19,7 +19,7 @@ from sparserefine_ros.node.sources import Search, Source, fixed_sources
 FORGET_S = 60.0  # a camera found by a pattern is forgotten when its topic has had no publisher for so long
 MAX_CAMERAS = 64  # of those found by patterns: whoever publishes topics must not fill our memory
 
-Receive = Callable[[Camera, bytes], None]
+Receive = Callable[[Camera, memoryview], None]
 
 
 class Rig:

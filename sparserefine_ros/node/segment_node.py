@@ -275,7 +275,7 @@ class SegmentNode(LifecycleNode):
 
     # Frames ----------------------------------------------------------------------------------------------------------
 
-    def _receive(self, camera: Camera, frame: bytes) -> None:
+    def _receive(self, camera: Camera, frame: memoryview) -> None:
         stamp = stamp_of(frame)
         camera.arrived(stamp)
         receipt = received(frame, stamp, self.get_clock().now().nanoseconds, time.perf_counter())

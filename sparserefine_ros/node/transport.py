@@ -68,7 +68,7 @@ def loses_images(rmw: str, environment: Mapping[str, str] | None = None) -> bool
     return "fastrtps" in rmw and not has_profile(environment)
 
 
-def stamp_of(frame: bytes) -> int | None:
+def stamp_of(frame: bytes | memoryview) -> int | None:
     """header.stamp in nanoseconds of a serialized message that starts with a std_msgs/Header.
 
     After CDR's four bytes of encapsulation (the second is 1 for little-endian) come int32 seconds and uint32

@@ -1,0 +1,171 @@
+"""Serialized messages taken and published without rclpy's copies, by librcl's own functions.
+
+rclpy makes a `bytes` of every message taken and a string of every one published, a copy of the whole image each, and
+holds the GIL while the middleware makes its own. Here a message is taken into memory that numpy owns, and published
+from where it lies, while Python goes on. What is called is C and the same from humble to kilted (rcl/subscription.h,
+rcl/publisher.h, rcutils/types/uint8_array.h); where the libraries are not found, rclpy does it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from rclpy.callback_groups import ReentrantCallbackGroup
+from rclpy.impl.implementation_singleton import rclpy_implementation
+from rclpy.node import Node
+from rclpy.subscription import Subscription
+from rclpy.waitable import NumberOfEntities, Waitable
+
+NOTHING_TAKEN = 401  # RCL_RET_SUBSCRIPTION_TAKE_FAILED: another message of a burst was taken in its place
+RCLError: type[Exception] = rclpy_implementation.RCLError
+InvalidHandle: type[Exception] = rclpy_implementation.InvalidHandle
+
+_Reallocate = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+
+
+class _Allocator(ctypes.Structure):
+    """rcutils_allocator_t"""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("allocate", "deallocate", "reallocate", "zero_allocate", "state")]
+
+
+class _Array(ctypes.Structure):
+    """rcutils_uint8_array_t, which is rcl_serialized_message_t"""
+
+    _fields_ = [
+        ("buffer", ctypes.c_void_p),
+        ("length", ctypes.c_size_t),
+        ("capacity", ctypes.c_size_t),
+        ("allocator", _Allocator),
+    ]
+
+
+class _Rcl:
+    """The functions; OSError or AttributeError where there are none."""
+
+    def __init__(self) -> None:
+        rcl, rcutils = ctypes.CDLL("librcl.so"), ctypes.CDLL("librcutils.so")  # rclpy has loaded both
+        array = ctypes.POINTER(_Array)
+        self.take, self.publish = rcl.rcl_take_serialized_message, rcl.rcl_publish_serialized_message
+        self.take.argtypes = [ctypes.c_void_p, array, ctypes.c_void_p, ctypes.c_void_p]
+        self.publish.argtypes = [ctypes.c_void_p, array, ctypes.c_void_p]
+        self.take.restype = self.publish.restype = ctypes.c_int
+        self.forget_error = rcutils.rcutils_reset_error
+        self.forget_error.restype = None
+        default = rcutils.rcutils_get_default_allocator
+        default.restype = _Allocator
+        self.allocator = default()
+
+    def check(self, code: int, what: str) -> None:
+        if code:
+            self.forget_error()  # else the next failure complains that it overwrites this one
+            raise RCLError(f"{what}: rcl returns {code}")
+
+
+def _library() -> _Rcl | None:
+    try:
+        return _Rcl()
+    except (OSError, AttributeError):
+        return None
+
+
+RCL = _library()
+
+
+def publish(publisher: Any, message: bytes) -> None:
+    """Publishes a serialized message; RCLError where the middleware refuses it."""
+    if RCL is None:
+        publisher.publish(message)
+        return
+    data = np.frombuffer(message, np.uint8)
+    array = _Array(data.ctypes.data, data.size, data.size, RCL.allocator)
+    with publisher.handle:  # it is not destroyed meanwhile
+        RCL.check(RCL.publish(publisher.handle.pointer, array, None), f"cannot publish on {publisher.topic_name}")
+
+
+class Taker:
+    """Takes the messages of a subscription, each into memory of its own. Not thread-safe."""
+
+    def __init__(self, rcl: _Rcl) -> None:
+        self._rcl = rcl
+        self._memory: np.ndarray | None = None
+        self._reallocate = _Reallocate(self._make_room)  # must outlive the allocator
+        self._allocator = _Allocator.from_buffer_copy(rcl.allocator)
+        self._allocator.reallocate = ctypes.cast(self._reallocate, ctypes.c_void_p)
+
+    def take(self, subscription: Any) -> memoryview | None:
+        """The next message, read-only; None where there is none. RCLError where the middleware fails."""
+        array = _Array(None, 0, 0, self._allocator)
+        with subscription.handle:
+            code = self._rcl.take(subscription.handle.pointer, array, None, None)
+        memory, self._memory = self._memory, None
+        if code == NOTHING_TAKEN:
+            self._rcl.forget_error()
+            return None
+        self._rcl.check(code, f"cannot take a message from {subscription.topic_name}")
+        return memory[: array.length].data.toreadonly() if memory is not None else memoryview(b"")
+
+    def _make_room(self, old: int | None, size: int, state: int | None) -> int | None:
+        """What rcl calls once it knows a message's size; nothing lies at `old` yet. None, and the take fails, where
+        there is no memory."""
+        try:
+            self._memory = np.empty(size, np.uint8)
+        except MemoryError:
+            return None
+        return self._memory.ctypes.data
+
+
+class ByHand(ReentrantCallbackGroup):
+    """Keeps executors from the subscription itself; its events they serve."""
+
+    def can_execute(self, entity: Any) -> bool:
+        return not isinstance(entity, Subscription)
+
+
+class Feed(Waitable):  # type: ignore[type-arg]
+    """Hands the messages of a subscription in group `ByHand` to ``callback``, from its node's executor."""
+
+    def __init__(self, node: Node, subscription: Any, callback: Callable[[memoryview], None], rcl: _Rcl) -> None:
+        super().__init__(node.default_callback_group)
+        self._node, self._subscription, self._callback, self._taker = node, subscription, callback, Taker(rcl)
+        self._entered = False
+        self._index: int | None = None
+        node.add_waitable(self)
+
+    def destroy(self) -> None:
+        """Ends it; the subscription stays."""
+        self._node.remove_waitable(self)
+
+    def __enter__(self) -> None:
+        self._entered = False
+        self._subscription.handle.__enter__()  # InvalidHandle where it is destroyed
+        self._entered = True
+
+    def __exit__(self, *error: Any) -> None:
+        self._subscription.handle.__exit__(*error)
+
+    def get_num_entities(self) -> NumberOfEntities:
+        return NumberOfEntities(1)
+
+    def add_to_wait_set(self, wait_set: Any) -> None:
+        # executors add even what they could not enter
+        self._index = wait_set.add_subscription(self._subscription.handle) if self._entered else None
+
+    def is_ready(self, wait_set: Any) -> bool:
+        return self._index is not None and bool(wait_set.is_ready("subscription", self._index))
+
+    def take_data(self) -> memoryview | None:
+        try:
+            return self._taker.take(self._subscription)
+        except InvalidHandle:  # destroyed since it was ready
+            return None
+        except RCLError as error:  # costs this message alone
+            self._node.get_logger().warning(str(error), throttle_duration_sec=30.0)
+            return None
+
+    async def execute(self, message: memoryview | None) -> None:
+        if message is not None:
+            self._callback(message)
