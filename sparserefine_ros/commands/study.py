@@ -16,6 +16,7 @@ STUDIES = {
     "channels": "how wide it is, and PointNet (5d); trains four, one of them shared with inputs",
 }
 """Each a module of ``sparserefine_ros.studies`` with study(setting) -> Report."""
+EPOCHS = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, help="folder of the data set the bundle was trained on, where it needs one"
     )
     parser.add_argument("--frames", type=int, metavar="N", help="validate on N frames, evenly spaced (default: all)")
-    parser.add_argument("--epochs", type=int, default=4, help="of each training, over the training frames (default: 4)")
+    parser.add_argument(
+        "--epochs", type=int, default=EPOCHS, help="of each training, over the training frames (default: %(default)s)"
+    )
     parser.add_argument(
         "--out", type=Path, help="folder for NAME.md, NAME.json and NAME.png (default: docs/studies/BUNDLE)"
     )
@@ -79,7 +82,7 @@ def command(name: str, args: argparse.Namespace) -> str:
         parts.append("--data PATH_TO_DATA")
     if args.frames:
         parts.append(f"--frames {args.frames}")
-    if args.epochs != 4:
+    if args.epochs != EPOCHS:
         parts.append(f"--epochs {args.epochs}")
     if args.threads:
         parts.append(f"--threads {args.threads}")

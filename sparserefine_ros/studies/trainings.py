@@ -16,12 +16,12 @@ from sparserefine_ros.segmenter.bundle import Bundle
 from sparserefine_ros.segmenter.segmenter import Segmenter
 from sparserefine_ros.studies.features import FeatureTap
 from sparserefine_ros.studies.report import Report, Setting, bar_gains, percent
-from sparserefine_ros.studies.variants import FeatureTask, Variant, build_variant
+from sparserefine_ros.studies.variants import FeatureGateTask, FeatureTask, Variant, build_variant
+from sparserefine_ros.training.ensembler import EnsemblerTask
 from sparserefine_ros.training.loop import train
 from sparserefine_ros.training.recipe import StageRecipe
 from sparserefine_ros.training.refiner import RefinerTask
 
-EPOCHS = 4
 SIDE = 2 / 3  # of the recipe's crops: less than half of their pixels
 EMA = 0.98  # few steps: averaged weights must forget the random ones they began with
 SEED = 0
@@ -40,6 +40,12 @@ def recipe_of(bundle: Bundle, epochs: int) -> StageRecipe:
     )  # fmt: skip
 
 
+def gate_recipe_of(bundle: Bundle) -> StageRecipe | None:
+    """How the gate of the bundle's refiner was trained anew; None where it was trained along with the branch."""
+    stage = bundle.provenance.get("ensembler")
+    return StageRecipe(**{**stage, "crop": tuple(stage["crop"]), "scale": tuple(stage["scale"])}) if stage else None
+
+
 def base_args(bundle: Bundle) -> dict[str, Any]:
     """Arguments of the paper's refiner at the bundle's size: colours alone, gated ensembler."""
     assert bundle.refiner is not None
@@ -48,8 +54,8 @@ def base_args(bundle: Bundle) -> dict[str, Any]:
 
 def trained_report(name: str, title: str, variants: Sequence[Variant], setting: Setting, note: str) -> Report:
     """Trains ``variants``, or goes on where ``setting.runs`` has a part of them, and lays them side by side."""
-    recipe = recipe_of(setting.bundle, setting.epochs)
-    rows = [train_variant(variant, recipe, setting) for variant in variants]
+    recipe, gate = recipe_of(setting.bundle, setting.epochs), gate_recipe_of(setting.bundle)
+    rows = [train_variant(variant, recipe, gate, setting) for variant in variants]
     low = rows[0]["miou_lr"]
     cells = [("none: LR dense", percent(low, 2), "–", "–", "–", "–")]
     cells += [
@@ -67,7 +73,9 @@ def trained_report(name: str, title: str, variants: Sequence[Variant], setting: 
     budget_note = (
         f"Each was trained from scratch on the frozen dense segmenter at the same small budget: {recipe.epochs} epochs "
         f"of {len(setting.train)} frames, {rows[0]['steps']} steps of {recipe.batch} crops of "
-        f"{recipe.crop[1]}x{recipe.crop[0]}, one seed; the bundle's own refiner had {whole['epochs']} epochs "
+        f"{recipe.crop[1]}x{recipe.crop[0]}, one seed"
+        + (f", and its gate anew for {gate.epochs} epochs" if gate else "")
+        + f"; the bundle's own refiner had {whole['epochs']} epochs "
         f"with crops of {whole['crop'][1]}x{whole['crop'][0]}. Sparse branch: mIoU where it replaces the initial "
         f"prediction of the selected pixels. Refined are {percent(rows[0]['density'])} % of the pixels; parameters and "
         "multiply-adds, a frame, are the refiner's. Where the hardware gains by it, training and its validation "
@@ -95,9 +103,10 @@ def run_name(variant: Variant) -> str:
     return "-".join([*parts, args["ensembler"]])
 
 
-def train_variant(variant: Variant, recipe: StageRecipe, setting: Setting) -> dict[str, Any]:
-    """Its row: label, miou of the last validation, miou_refined of the sparse branch alone, miou_lr, density, steps,
-    millions of parameters, refiner GMAC a frame.
+def train_variant(variant: Variant, recipe: StageRecipe, gate: StageRecipe | None, setting: Setting) -> dict[str, Any]:
+    """Trains the refiner and, where there is a recipe for it, its ``gate`` anew. Its row: label, miou of the last
+    validation, miou_refined of the sparse branch alone, miou_lr, density, steps, millions of parameters, refiner GMAC
+    a frame.
     """
     bundle, device = setting.bundle, setting.device
     dense = Segmenter(bundle, str(device), refine=False).dense
@@ -105,18 +114,29 @@ def train_variant(variant: Variant, recipe: StageRecipe, setting: Setting) -> di
     refiner = build_variant(variant, len(bundle.classes), FeatureTap(dense).channels)
     recipe = replace(recipe, args={k: v for k, v in asdict(variant).items() if k != "label"})  # what a resume checks
     kind = FeatureTask if variant.features else RefinerTask
-    task = kind(
-        refiner, dense, bundle.classes, setting.train, setting.val, recipe, bundle.scale, bundle.entropy_threshold,
-        device,
-    )  # fmt: skip
+    frames = (bundle.classes, setting.train, setting.val)
+    task = kind(refiner, dense, *frames, recipe, bundle.scale, bundle.entropy_threshold, device)
     folder, name = run_folder(setting), run_name(variant)
     trained = train(task, recipe, folder, name, SEED, device)
-    last = json.loads((folder / f"{name}.jsonl").read_text().splitlines()[-1])
-    figures = {key: last[key] for key in ("miou", "miou_refined", "miou_lr", "density")} | {"steps": last["step"]}
-    task.val = setting.val[:COUNTED]
     assert isinstance(trained, type(refiner))
+    last = _last(folder / f"{name}.jsonl")
+    steps = last["step"]
+    if gate:
+        torch.manual_seed(SEED)
+        gate_kind = FeatureGateTask if variant.features else EnsemblerTask
+        gate_task = gate_kind(trained, dense, *frames, gate, bundle.scale, bundle.entropy_threshold, device)
+        trained.ensembler = train(gate_task, gate, folder, f"{name}-gate", SEED, device)
+        last = _last(folder / f"{name}-gate.jsonl")
+    figures = {key: last[key] for key in ("miou", "miou_refined", "miou_lr", "density")} | {"steps": steps}
+    task.val = setting.val[:COUNTED]
     with counting_refiner_macs(trained) as counts, torch.inference_mode():
         density = task.measure(trained)[1]
     gmac = sum(counts) / len(task.val) / 1e9 * figures["density"] / max(density, 1e-9)
     parameters = sum(p.numel() for p in trained.parameters()) / 1e6
     return {"label": variant.label, **figures, "params_m": parameters, "gmac": gmac}
+
+
+def _last(log: Path) -> dict[str, Any]:
+    """The last line of a training's log: that of its last validation."""
+    line: dict[str, Any] = json.loads(log.read_text().splitlines()[-1])
+    return line

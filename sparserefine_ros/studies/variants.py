@@ -18,6 +18,7 @@ from sparserefine_ros.networks.unet import SiteNorm, SparseUNet
 from sparserefine_ros.segmenter.head import gather_initial
 from sparserefine_ros.sparse import Pyramid, SiteSet
 from sparserefine_ros.studies.features import FeatureTap
+from sparserefine_ros.training.ensembler import EnsemblerTask
 from sparserefine_ros.training.refiner import RefinerTask
 
 PERCEPTRON = (64, 128, 256, 128)  # about as many multiply-adds a pixel as the camvid bundle's U-Net
@@ -63,6 +64,10 @@ class FeatureTask(RefinerTask):
     def inputs(self, images: Tensor, sites: SiteSet) -> Tensor:  # -> [N, 3 + F]
         assert self.tap.latest is not None
         return torch.cat([super().inputs(images, sites), gather_initial(self.tap.latest, sites)], 1)
+
+
+class FeatureGateTask(FeatureTask, EnsemblerTask):
+    """The gate of a refiner that reads features, trained anew."""
 
 
 def build_variant(variant: Variant, num_classes: int, feature_channels: int) -> SparseRefiner:
