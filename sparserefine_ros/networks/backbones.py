@@ -121,9 +121,9 @@ def build_backbone(name: str) -> Backbone:
 
     Raises ValueError for another name, ImportError where its package is not installed.
     """
-    if name.startswith(TIMM):
+    if isinstance(name, str) and name.startswith(TIMM):
         return TimmBackbone(name.removeprefix(TIMM))
-    if name not in BACKBONES:
+    if not isinstance(name, str) or name not in BACKBONES:
         raise ValueError(f"unknown backbone {name!r}; known are {', '.join(BACKBONES)} and {TIMM}MODEL")
     return BACKBONES[name]()
 

@@ -23,6 +23,7 @@ SWIN_KEYS = (
     "hidden_act", "layer_norm_eps", "out_features",
 )  # fmt: skip
 """Of the ``backbone_config`` of a Mask2Former."""
+MAX_WINDOW = 64  # Swin makes a table of pairs of a window's tokens, its side to the power of 4, while it is built
 
 
 def check_segformer(config: Mapping[str, Any]) -> None:
@@ -38,6 +39,9 @@ def check_mask2former(config: Mapping[str, Any]) -> None:
         _check_keys("backbone_config", backbone, SWIN_KEYS)
         if backbone.get("model_type") != "swin":
             raise ValueError(f"backbone_config has model_type {backbone.get('model_type')!r:.80}; write swin")
+        window = backbone.get("window_size", 1)
+        if type(window) is not int or not 1 <= window <= MAX_WINDOW:
+            raise ValueError(f"backbone_config has window_size {window!r:.80}; give a number from 1 to {MAX_WINDOW}")
 
 
 def _check_keys(what: str, given: Any, keys: tuple[str, ...]) -> None:

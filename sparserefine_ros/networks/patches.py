@@ -49,10 +49,11 @@ class PatchRefiner(nn.Module):
         batch: int = 8,
     ) -> None:
         super().__init__()
-        if size < 1 or margin < 0 or batch < 1 or not 0 <= density < 1:
+        whole = all(type(number) is int for number in (size, margin, batch))
+        if not whole or size < 1 or margin < 0 or batch < 1 or not 0 <= density < 1:
             raise ValueError(
-                f"patches of size {size}, margin {margin}, density {density}, batch {batch}; give a size and a batch "
-                "from 1, a margin from 0 and a density from 0 to below 1"
+                f"patches of size {size!r}, margin {margin!r}, density {density!r}, batch {batch!r}; give a size and a "
+                "batch from 1, a margin from 0, whole numbers all, and a density from 0 to below 1"
             )
         if paste not in PASTES:
             raise ValueError(f"paste is {paste!r}; choose one of {', '.join(PASTES)}")
@@ -63,10 +64,11 @@ class PatchRefiner(nn.Module):
     def choose(self, selected: Tensor) -> Tensor:
         """[M, 3] int64 (image, patch row, patch column) of the patches to refine, of ``selected`` bool [B, H, W]."""
         height, width = selected.shape[1:]
-        rows, columns = -(-height // self.size), -(-width // self.size)
-        bottom, right = rows * self.size - height, columns * self.size - width
+        tall, wide = min(self.size, height), min(self.size, width)  # a patch beyond the image is not filled up
+        rows, columns = -(-height // tall), -(-width // wide)
+        bottom, right = rows * tall - height, columns * wide - width
         counts, areas = (
-            F.pad(x.float(), (0, right, 0, bottom)).view(-1, rows, self.size, columns, self.size).sum((2, 4))
+            F.pad(x.float(), (0, right, 0, bottom)).view(-1, rows, tall, columns, wide).sum((2, 4))
             for x in (selected, torch.ones_like(selected[:1]))
         )
         return torch.nonzero(counts > self.density * areas)

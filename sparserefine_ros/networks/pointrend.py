@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparserefine_ros.networks.ensemblers import DirectEnsembler
+from sparserefine_ros.networks.limits import check_whole
 from sparserefine_ros.networks.points import CoarseFine, centres, most_uncertain, sample, subdivisions
 from sparserefine_ros.sparse import SiteSet
 
@@ -50,6 +51,8 @@ class PointRend(nn.Module):
         where: str = "subdivision",
     ) -> None:
         super().__init__()
+        check_whole(features=features, hidden=hidden)
+        check_whole(0, layers=layers)
         if where not in ("subdivision", "entropy"):
             raise ValueError(f"where is {where!r}; choose subdivision or entropy")
         if not (0 < points <= 1 and 0 < train_points <= 1):
