@@ -51,6 +51,14 @@ def random_maps(batch: int = 2) -> CoarseFine:
     return CoarseFine(torch.randn(batch, K, 5, 6), (torch.randn(batch, 2, 5, 6), torch.randn(batch, 3, 9, 12)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_reads_the_same_pixels_of_a_wide_map(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    maps, size = torch.randn(1, 2, 4, 1024).to(dtype), (4, 1024)
+    values = sample(maps, centres(torch.arange(4 * 1024), size)[None])
+    assert values.dtype == dtype and torch.equal(values[0].T.unflatten(1, size), maps[0])
+
+
 def bilinear(image: Tensor, x: float, y: float) -> Tensor:
     """[C] of ``image`` [C, h, w], as the four pixels around the point say; beyond the centres, the border's."""
     h, w = image.shape[1:]
