@@ -26,6 +26,7 @@ from sparserefine_ros.networks.macs import counting_refiner_macs, dense_macs
 from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.segmenter.bundle import Bundle
 from sparserefine_ros.segmenter.head import Head
+from sparserefine_ros.segmenter.refining import Sparse
 from sparserefine_ros.segmenter.segmenter import Segmenter
 
 
@@ -204,8 +205,10 @@ def test_refiner_macs_are_the_same_whoever_runs_classifier_and_ensembler(tiny_bu
     assert isinstance(segmenter.refiner, SparseRefiner)
     frame = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
     totals = []
+    assert isinstance(segmenter.refining, Sparse)
     for head in (segmenter.head, Head(segmenter.refiner)):  # in C where there is a compiler, and in torch
         segmenter.head = head
+        segmenter.refining.graphed = lambda *_: pytest.fail("a graph has no layers")  # type: ignore[assignment]
         with counting_refiner_macs(segmenter.refiner) as counts:
             segmenter.segment([frame])
         totals.append(sum(counts))
