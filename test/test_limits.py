@@ -39,7 +39,8 @@ from sparserefine_ros.segmenter.bundle import construct
         ("pointrend", {"features": 8, "hidden": 0}, "hidden is 0; give whole numbers from 1"),
         ("pointrend", {"features": 8, "layers": -1}, "layers is -1; give whole numbers from 0"),
         ("patches", {"size": 256.5}, "patches of size 256.5, .*; give a size and a batch from 1"),
-        ("patches", {"batch": 1.5}, "batch 1.5; give a size and a batch from 1"),
+        ("patches", {"batch": 1.5}, "batch 1.5; .* a batch from 1 .the latter to 64"),
+        ("patches", {"size": 1, "margin": 65536, "batch": 65536}, "batch 65536; .* a batch from 1 .the latter to 64"),
         ("bilateral", {"distance": 1e-30}, "distance 1e-30, .*; give two numbers from 1e-06"),
         ("bilateral", {"colour": 1e-200}, "colour 1e-200, .*; give two numbers from 1e-06"),
         (

@@ -19,6 +19,7 @@ from sparserefine_ros.networks.ensemblers import DirectEnsembler
 from sparserefine_ros.sparse import SiteSet
 
 PASTES = ("patch", "selected")
+MAX_BATCH = 64  # with a wide margin each patch is seen with all of the image
 
 
 class PatchRefiner(nn.Module):
@@ -34,7 +35,7 @@ class PatchRefiner(nn.Module):
         margin: pixels around it that are seen and not refined.
         density: a patch is refined if more than this share of its pixels is selected; 0: if any is.
         paste: patch = all of its pixels are replaced, selected = those that were selected.
-        batch: patches a pass.
+        batch: patches a pass, at most 64.
     """
 
     context = False  # does not read the initial softmax
@@ -50,10 +51,11 @@ class PatchRefiner(nn.Module):
     ) -> None:
         super().__init__()
         whole = all(type(number) is int for number in (size, margin, batch))
-        if not whole or size < 1 or margin < 0 or batch < 1 or not 0 <= density < 1:
+        if not whole or size < 1 or margin < 0 or not 1 <= batch <= MAX_BATCH or not 0 <= density < 1:
             raise ValueError(
                 f"patches of size {size!r}, margin {margin!r}, density {density!r}, batch {batch!r}; give a size and a "
-                "batch from 1, a margin from 0, whole numbers all, and a density from 0 to below 1"
+                f"batch from 1 (the latter to {MAX_BATCH}), a margin from 0, whole numbers all, and a density from 0 "
+                "to below 1"
             )
         if paste not in PASTES:
             raise ValueError(f"paste is {paste!r}; choose one of {', '.join(PASTES)}")
