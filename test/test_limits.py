@@ -38,6 +38,7 @@ from sparserefine_ros.segmenter.bundle import construct
         ("offseg", {"resolution": -512}, "resolution is -512; give whole numbers from 1"),
         ("pointrend", {"features": 8, "hidden": 0}, "hidden is 0; give whole numbers from 1"),
         ("pointrend", {"features": 8, "layers": -1}, "layers is -1; give whole numbers from 0"),
+        ("sparserefine", {"channels": [1] * 400}, "channels are of 400 levels; give 1 to 16"),
         ("patches", {"size": 256.5}, "patches of size 256.5, .*; give a size and a batch from 1"),
         ("patches", {"batch": 1.5}, "batch 1.5; .* a batch from 1 .the latter to 64"),
         ("patches", {"size": 1, "margin": 65536, "batch": 65536}, "batch 65536; .* a batch from 1 .the latter to 64"),
