@@ -25,6 +25,8 @@ from sparserefine_ros.evaluation.reliability import calibration_error, fit_tempe
 from sparserefine_ros.networks.macs import counting_refiner_macs, dense_macs
 from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.segmenter.bundle import Bundle
+from sparserefine_ros.segmenter.head import Head
+from sparserefine_ros.segmenter.refining import Sparse
 from sparserefine_ros.segmenter.segmenter import Segmenter
 
 
@@ -196,6 +198,23 @@ def test_refiner_macs_are_pairs_times_channels() -> None:
     unet += fine * (8 * 4 + 4 * 4) + 4 * 8 * 4  # after the skip: two convolutions and the projected shortcut
     heads = 4 * (4 * 5 + 12 * 64 + 64 * 2 + 5 * 64 + 64 * 5)
     assert sum(counts) == unet + heads
+
+
+def test_refiner_macs_are_the_same_whoever_runs_classifier_and_ensembler(tiny_bundle: Path) -> None:
+    segmenter = Segmenter(Bundle.load(tiny_bundle), "cpu", entropy_threshold=0.0)
+    assert isinstance(segmenter.refiner, SparseRefiner)
+    frame = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+    totals = []
+    assert isinstance(segmenter.refining, Sparse)
+    for head in (segmenter.head, Head(segmenter.refiner)):  # in C where there is a compiler, and in torch
+        segmenter.head = head
+        segmenter.refining.graphed = lambda *_: pytest.fail("a graph has no layers")  # type: ignore[assignment]
+        with counting_refiner_macs(segmenter.refiner) as counts:
+            segmenter.segment([frame])
+        totals.append(sum(counts))
+    assert totals[0] == totals[1]
+    k, c = len(segmenter.classes), segmenter.refiner.classifier.in_features
+    assert 24 * 32 * (c * k + 2 * (k + 1) * 64 + 64 * 2 + k * 64 + 64 * k) in counts
 
 
 def test_comparison_scores_all_three_in_one_run(tiny_bundle: Path, samples: list[Sample], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from sparserefine_ros.datasets.base import Sample
 from sparserefine_ros.datasets.classes import CAMVID
 from sparserefine_ros.errors import BundleError, ParameterError, TrainingError
+from sparserefine_ros.networks import pointrend as pointrend_module
 from sparserefine_ros.networks import points as points_module
 from sparserefine_ros.networks.macs import counting_refiner_macs
 from sparserefine_ros.networks.pointrend import PointRend
@@ -49,6 +50,24 @@ def random_head(features: int = 5, **args: object) -> PointRend:
 def random_maps(batch: int = 2) -> CoarseFine:
     torch.manual_seed(2)
     return CoarseFine(torch.randn(batch, K, 5, 6), (torch.randn(batch, 2, 5, 6), torch.randn(batch, 3, 9, 12)))
+
+
+def test_points_of_an_uncertain_frame_are_predicted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, maps = random_head(), random_maps()
+    sites = SiteSet.from_mask(torch.ones(2, 9, 12, dtype=torch.bool))
+    expected, rows = head.at_sites(maps, sites), []
+    monkeypatch.setattr(pointrend_module, "CHUNK", 50)
+    head.register_forward_hook(lambda _, inputs, output: rows.append(len(output)))
+    torch.testing.assert_close(head.at_sites(maps, sites), expected)
+    assert rows == [50, 50, 8] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_reads_the_same_pixels_of_a_wide_map(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    maps, size = torch.randn(1, 2, 4, 1024).to(dtype), (4, 1024)
+    values = sample(maps, centres(torch.arange(4 * 1024), size)[None])
+    assert values.dtype == dtype and torch.equal(values[0].T.unflatten(1, size), maps[0])
 
 
 def bilinear(image: Tensor, x: float, y: float) -> Tensor:

@@ -129,9 +129,31 @@ def test_an_encoder_of_timm_starts_from_its_file(tmp_path: Path, asked: list[dic
             start_encoder(network, name)
 
 
+def test_a_model_of_timm_may_give_channels_last(asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    args = {"backbone": "timm/tiny.a1_in1k", "width": 8, "stride": 2}
+    network, images = build(DENSE, "pyramid", 5, args).eval(), torch.randn(2, 3, 9, 10)
+    expected = network(images)
+    forward = Tiny.forward
+    monkeypatch.setattr(Tiny, "output_fmt", "NHWC", raising=False)
+    monkeypatch.setattr(Tiny, "forward", lambda self, x: [y.permute(0, 2, 3, 1) for y in forward(self, x)])
+    other = build(DENSE, "pyramid", 5, args).eval()
+    other.load_state_dict(network.state_dict())
+    torch.testing.assert_close(other(images), expected)
+
+
+def test_a_model_of_timm_for_one_size_says_so(asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Tiny, x: Tensor) -> list[Tensor]:
+        raise AssertionError("Input height (12) doesn't match model (224).")
+
+    monkeypatch.setattr(Tiny, "forward", forward)
+    network = build(DENSE, "pyramid", 5, {"backbone": "timm/tiny.a1_in1k"}).eval()
+    with pytest.raises(ValueError, match="timm's 'tiny.a1_in1k' does not take images of 12x12: Input height"):
+        network(torch.zeros(1, 3, 9, 10))
+
+
 def test_models_of_timm_itself() -> None:
     pytest.importorskip("timm", exc_type=Exception)
-    for name in ("resnet18", "mobilenetv3_small_100", "convnext_atto"):
+    for name in ("resnet18", "mobilenetv3_small_100", "convnext_atto", "mambaout_femto"):
         network = build(DENSE, "pyramid", 5, {"backbone": f"timm/{name}", "width": 8}).eval()
         with torch.no_grad():
             assert network(torch.randn(1, 3, 90, 120)).shape == (1, 5, 90, 120)

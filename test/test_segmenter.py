@@ -263,6 +263,9 @@ def test_images_that_the_dense_segmenter_does_not_take_cost_the_frame(tiny_bundl
     segmenter.dense = torch.nn.Conv2d(3, 11, 7)  # as a SegFormer's first layer, without padding
     with pytest.raises(FrameError, match="'tiny' fails on images of 4x8: .*[kK]ernel size.*a scale that make a size"):
         segmenter.segment([frame[:8, :16]])
+    segmenter.dense = torch.nn.GroupNorm(3, 3)  # whose check is a ValueError
+    with pytest.raises(FrameError, match="'tiny' fails on images of 1x1: Expected more than 1 value"):
+        segmenter.segment([frame[:1, :1]])
 
     def full(_: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")

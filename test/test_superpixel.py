@@ -240,8 +240,9 @@ def test_residual_adds_the_logits_of_every_pixels_own_features(size: tuple[int, 
     torch.testing.assert_close(network(images), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_half_precision_stays_close_and_trains() -> None:
-    network, images = small(), torch.randn(1, 3, 45, 64)
+@pytest.mark.parametrize("changes", [{}, {"association": "relative"}, {"residual": True}], ids=str)
+def test_half_precision_stays_close_and_trains(changes: dict[str, Any]) -> None:
+    network, images = small(**changes), torch.randn(1, 3, 45, 64)
     with torch.autocast("cpu", torch.bfloat16):
         logits = network(images)
     logits.float().square().mean().backward()

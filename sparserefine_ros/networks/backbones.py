@@ -91,12 +91,17 @@ class TimmBackbone(Backbone):
             raise ValueError(f"timm {timm.__version__} has no model {name!r}; timm.list_models() tells what it has")
         self.name = name
         self.model: Any = timm.create_model(name, pretrained=False, features_only=True)
+        self.channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"  # [B, h, w, C]
         self.channels = tuple(self.model.feature_info.channels())
         self.strides = tuple(self.model.feature_info.reduction())
 
     def forward(self, images: Tensor) -> Sequence[Tensor]:
-        features: Sequence[Tensor] = self.model(images)
-        return features
+        try:
+            features: Sequence[Tensor] = self.model(images)
+        except AssertionError as error:  # so say those that take images of one size, or of multiples of some other
+            height, width = images.shape[2:]
+            raise ValueError(f"timm's {self.name!r} does not take images of {height}x{width}: {error}") from error
+        return [x.permute(0, 3, 1, 2) for x in features] if self.channels_last else features
 
     def start_from(self, file: Path) -> None:
         """Takes the weights of ``file``, safetensors as published with the model."""
@@ -121,9 +126,9 @@ def build_backbone(name: str) -> Backbone:
 
     Raises ValueError for another name, ImportError where its package is not installed.
     """
-    if name.startswith(TIMM):
+    if isinstance(name, str) and name.startswith(TIMM):
         return TimmBackbone(name.removeprefix(TIMM))
-    if name not in BACKBONES:
+    if not isinstance(name, str) or name not in BACKBONES:
         raise ValueError(f"unknown backbone {name!r}; known are {', '.join(BACKBONES)} and {TIMM}MODEL")
     return BACKBONES[name]()
 

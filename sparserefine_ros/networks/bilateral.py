@@ -20,6 +20,7 @@ from sparserefine_ros.sparse import SiteSet
 
 CHUNK = 8192  # pixels a CPU core holds in its cache
 GPU_CHUNK = 1 << 18  # pixels that keep a GPU busy, and take a few hundred MB with 25 taps
+MIN_WIDTH = 1e-6  # of a Gaussian: those of a narrower one are all 0 in float32, and their mean is no number
 MAX_RADIUS = 16  # 1089 taps; every pixel reads as many colours and probabilities
 
 
@@ -51,10 +52,10 @@ class BilateralRefiner(nn.Module):
         super().__init__()
         if type(radius) is not int or type(step) is not int or not (0 <= radius <= MAX_RADIUS and step >= 1):
             raise ValueError(f"radius {radius!r}, step {step!r}; give whole numbers, 0 to {MAX_RADIUS} and from 1")
-        if not (distance > 0 and colour > 0 and 0 <= initial <= 1):
+        if not (distance >= MIN_WIDTH and colour >= MIN_WIDTH and 0 <= initial <= 1):
             raise ValueError(
-                f"distance {distance}, colour {colour}, initial {initial}; give two numbers above 0 and a share from 0 "
-                "to 1"
+                f"distance {distance}, colour {colour}, initial {initial}; give two numbers from {MIN_WIDTH} and a "
+                "share from 0 to 1"
             )
         self.distance, self.colour, self.initial = distance, colour, initial
         taps = step * torch.arange(-radius, radius + 1)

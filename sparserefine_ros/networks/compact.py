@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparserefine_ros.networks.exporting import adaptive_average, exporting
+from sparserefine_ros.networks.limits import check_count, check_flags
 from sparserefine_ros.networks.offset import OffsetClassifier
 from sparserefine_ros.networks.points import CoarseFine
 
@@ -54,6 +55,8 @@ class PyramidPooling(nn.Module):
         super().__init__()
         self.bins = tuple(bins)
         part = channels // 4
+        if part == 0:
+            raise ValueError(f"pyramid pooling splits {channels} channels into quarters; give at least 4")
         # No batch normalisation here: at bin 1 a batch of one image would leave one value a channel.
         self.reduce = nn.ModuleList(nn.Conv2d(channels, part, 1) for _ in self.bins)
         self.merge = ConvBnRelu(channels + part * len(self.bins), channels, kernel=1)
@@ -71,8 +74,10 @@ class CompactEncoder(nn.Module):
     """Images to features at four strides; the decoders of this package share it.
 
     Args:
-        widths: channels at strides 2, 4, 8 and 16.
+        widths: channels at strides 2, 4, 8 and 16, the last at least 4.
         depths: residual blocks at strides 4, 8 and 16.
+
+    Raises ValueError for others than four widths and three depths.
     """
 
     PARTS = ("stem", "down4", "stage4", "stage8", "stage16", "context")
@@ -80,6 +85,8 @@ class CompactEncoder(nn.Module):
 
     def __init__(self, widths: Sequence[int] = (32, 64, 128, 192), depths: Sequence[int] = (2, 2, 3)) -> None:
         super().__init__()
+        check_count(4, widths=widths)
+        check_count(3, depths=depths)
         self.widths = c2, c4, c8, c16 = tuple(widths)
         self.stem = ConvBnRelu(3, c2, stride=2)
         self.down4 = ConvBnRelu(c2, c4, stride=2)
@@ -120,6 +127,7 @@ class CompactSegmenter(CompactEncoder):
         offset_norm: bool = True,
     ) -> None:
         super().__init__(widths, depths)
+        check_flags(offsets=offsets, offset_norm=offset_norm)
         c2, c4, c8, c16 = widths
         self.lateral16, self.lateral8 = nn.Conv2d(c16, c4, 1), nn.Conv2d(c8, c4, 1)
         self.lateral4, self.lateral2 = nn.Conv2d(c4, c4, 1), nn.Conv2d(c2, c2, 1)

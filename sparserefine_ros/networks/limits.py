@@ -35,6 +35,29 @@ def check_arguments(args: Mapping[str, Any]) -> None:
             raise ValueError(f"argument {value}; expected a number from {-MAX_NUMBER} to {MAX_NUMBER}")
 
 
+def check_whole(first: int = 1, **numbers: Any) -> None:
+    """ValueError where one of ``numbers``, or one in a list of them, is no whole number from ``first``."""
+    for name, given in numbers.items():
+        for number in given if isinstance(given, list | tuple) else (given,):
+            if type(number) is not int or number < first:
+                raise ValueError(f"{name} is {given!r:.80}; give whole numbers from {first}")
+
+
+def check_count(count: int, **lists: Any) -> None:
+    """ValueError unless each of ``lists`` is a list of so many whole numbers from 1."""
+    for name, given in lists.items():
+        if not isinstance(given, list | tuple) or len(given) != count:
+            raise ValueError(f"{name} is {given!r:.80}; give a list of {count} whole numbers from 1")
+    check_whole(**lists)
+
+
+def check_flags(**flags: Any) -> None:
+    """ValueError where one of ``flags`` is neither true nor false."""
+    for name, given in flags.items():
+        if not isinstance(given, bool):
+            raise ValueError(f"{name} is {given!r:.80}; give true or false")
+
+
 @contextmanager
 def at_most(values: int, tensors: int) -> Iterator[None]:
     """ValueError as soon as this thread registers far more than ``values`` numbers in ``tensors`` parameters.

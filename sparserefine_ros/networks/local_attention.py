@@ -115,7 +115,8 @@ def score(x: Tensor, y: Tensor, heads: int) -> Tensor:
     """Products [B, heads, Gy, Gx, P, 9] of pixels ``x`` with the superpixels ``y`` around them; 0 outside the grid."""
     if exporting():
         return _by_head(x, heads) @ _by_head(neighbours(y), heads).transpose(-2, -1)
-    scores: Tensor = _Score.apply(x.contiguous(), y.contiguous(), heads)
+    dtype = torch.promote_types(x.dtype, y.dtype)  # under autocast they may differ
+    scores: Tensor = _Score.apply(x.to(dtype).contiguous(), y.to(dtype).contiguous(), heads)
     return scores
 
 
@@ -164,7 +165,8 @@ class _Score(Function):
         out = x.new_empty(x.shape[0], heads, *x.shape[1:4], 9)
         for b, rows, near in _neighbours(y):
             for head, part in enumerate(_heads(x.shape[-1], heads)):
-                torch.bmm(_cells(x, b, rows)[..., part], near[..., part].mT, out=_cells(out[:, head], b, rows))
+                # Not by out=, which does not take the dtype that autocast gives a product.
+                _cells(out[:, head], b, rows).copy_(torch.bmm(_cells(x, b, rows)[..., part], near[..., part].mT))
         return out
 
     @staticmethod

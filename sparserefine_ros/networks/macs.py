@@ -43,15 +43,21 @@ def _attention_flops(q: Any, k: Any, v: Any, *_args: Any, **_kwargs: Any) -> int
 def counting_refiner_macs(refiner: Refiner) -> Iterator[list[int]]:
     """Within the block, every layer of ``refiner`` that runs appends its multiply-adds to the yielded list.
 
-    The layers run one by one for it, fused or not.
+    The U-Net's layers run one by one for it, fused or not. What follows it, classifier and ensembler, may run in a
+    kernel of its own, so its linear layers are counted by the U-Net's pixels.
     """
     counts: list[int] = []
+    ends = (refiner.classifier, refiner.ensembler) if isinstance(refiner, SparseRefiner) else ()
+    counted_by_unet = [layer for end in ends for layer in end.modules() if isinstance(layer, nn.Linear)]
 
     def sparse(module: Any, inputs: tuple[Any, ...], _output: Any) -> None:
         counts.append(inputs[1].pairs * module.weight.shape[1] * module.weight.shape[2])
 
     def linear(module: nn.Linear, inputs: tuple[Any, ...], _output: Any) -> None:
         counts.append(len(inputs[0]) * module.in_features * module.out_features)
+
+    def unet(_module: Any, _inputs: tuple[Any, ...], output: Tensor) -> None:
+        counts.append(len(output) * sum(layer.in_features * layer.out_features for layer in counted_by_unet))
 
     def bilateral(module: BilateralRefiner, _inputs: tuple[Any, ...], output: Tensor) -> None:
         counts.append(len(module.taps) * output.numel())
@@ -64,10 +70,12 @@ def counting_refiner_macs(refiner: Refiner) -> Iterator[list[int]]:
         hooks.append(refiner.register_forward_hook(bilateral))
     elif isinstance(refiner, PatchRefiner):
         hooks.append(refiner.register_forward_hook(patches))
+    elif isinstance(refiner, SparseRefiner):
+        hooks.append(refiner.unet.register_forward_hook(unet))
     for module in refiner.modules():
         if isinstance(module, SubmanifoldConv2d | StridedConv2d | TransposedConv2d):
             hooks.append(module.register_forward_hook(sparse))
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear) and module not in counted_by_unet:
             hooks.append(module.register_forward_hook(linear))
     fused = refiner.fused if isinstance(refiner, SparseRefiner) else None
     if fused:

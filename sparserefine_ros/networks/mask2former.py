@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparserefine_ros.networks.hub_config import check_mask2former
 from sparserefine_ros.networks.token_pruning import prune_windows
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -49,11 +50,12 @@ class Mask2Former(nn.Module):
     Args:
         num_classes: K.
         size: t or l.
-        config: transformers' configuration of another Mask2Former, as its config.json has it, in place of ``size``.
+        config: transformers' configuration of another Mask2Former, as its config.json has it, in place of ``size``;
+            see `hub_config` for the keys.
         keep: shares of the windows that each stage of Swin computes; None all. See `token_pruning`.
 
     Raises:
-        ValueError: another size, shares that do not fit, or the package transformers is missing or too old.
+        ValueError: another size, a config or shares that do not fit, or the package transformers is missing or too old.
     """
 
     def __init__(
@@ -66,12 +68,13 @@ class Mask2Former(nn.Module):
         super().__init__()
         if config is None and size not in SIZES:
             raise ValueError(f"unknown Mask2Former size {size!r}; known are {', '.join(SIZES)}")
+        if config is not None:
+            check_mask2former(config)
         try:
             from transformers import Mask2FormerConfig, Mask2FormerModel
         except ImportError as error:
             raise ValueError(
-                "network 'mask2former' needs the package transformers, which is missing; "
-                "pip install 'transformers>=5.23'"
+                f"network 'mask2former' needs the package transformers: pip install 'transformers>=5.23' ({error})"
             ) from error
         swin = {"model_type": "swin", "out_features": [f"stage{i + 1}" for i in range(4)]}
         settings = Mask2FormerConfig(**({"backbone_config": swin | SIZES[size]} if config is None else config))

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sparserefine_ros.networks.efficientformer import EfficientFormerV2
 from sparserefine_ros.networks.freqfusion import FreqFusion, interleave
+from sparserefine_ros.networks.limits import check_whole
 from sparserefine_ros.networks.offset import OffsetClassifier
 
 VARIANTS = {
@@ -40,13 +41,14 @@ class OffSeg(nn.Module):
         resolution: side of the images that the encoder's position biases are for (see `EfficientFormerV2`).
 
     Raises:
-        ValueError: another variant.
+        ValueError: another variant, or a resolution that is no whole number from 1.
     """
 
     def __init__(self, num_classes: int, variant: str = "T", resolution: int = 512) -> None:
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"unknown OffSeg variant {variant!r}; known are {', '.join(VARIANTS)}")
+        check_whole(resolution=resolution)
         size, widths = VARIANTS[variant]
         self.encoder = EfficientFormerV2(size, resolution)
         self.project = nn.ModuleList(

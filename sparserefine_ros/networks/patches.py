@@ -19,6 +19,7 @@ from sparserefine_ros.networks.ensemblers import DirectEnsembler
 from sparserefine_ros.sparse import SiteSet
 
 PASTES = ("patch", "selected")
+MAX_BATCH = 64  # with a wide margin each patch is seen with all of the image
 
 
 class PatchRefiner(nn.Module):
@@ -34,7 +35,7 @@ class PatchRefiner(nn.Module):
         margin: pixels around it that are seen and not refined.
         density: a patch is refined if more than this share of its pixels is selected; 0: if any is.
         paste: patch = all of its pixels are replaced, selected = those that were selected.
-        batch: patches a pass.
+        batch: patches a pass, at most 64.
     """
 
     context = False  # does not read the initial softmax
@@ -49,10 +50,12 @@ class PatchRefiner(nn.Module):
         batch: int = 8,
     ) -> None:
         super().__init__()
-        if size < 1 or margin < 0 or batch < 1 or not 0 <= density < 1:
+        whole = all(type(number) is int for number in (size, margin, batch))
+        if not whole or size < 1 or margin < 0 or not 1 <= batch <= MAX_BATCH or not 0 <= density < 1:
             raise ValueError(
-                f"patches of size {size}, margin {margin}, density {density}, batch {batch}; give a size and a batch "
-                "from 1, a margin from 0 and a density from 0 to below 1"
+                f"patches of size {size!r}, margin {margin!r}, density {density!r}, batch {batch!r}; give a size and a "
+                f"batch from 1 (the latter to {MAX_BATCH}), a margin from 0, whole numbers all, and a density from 0 "
+                "to below 1"
             )
         if paste not in PASTES:
             raise ValueError(f"paste is {paste!r}; choose one of {', '.join(PASTES)}")
@@ -63,10 +66,11 @@ class PatchRefiner(nn.Module):
     def choose(self, selected: Tensor) -> Tensor:
         """[M, 3] int64 (image, patch row, patch column) of the patches to refine, of ``selected`` bool [B, H, W]."""
         height, width = selected.shape[1:]
-        rows, columns = -(-height // self.size), -(-width // self.size)
-        bottom, right = rows * self.size - height, columns * self.size - width
+        tall, wide = min(self.size, height), min(self.size, width)  # a patch beyond the image is not filled up
+        rows, columns = -(-height // tall), -(-width // wide)
+        bottom, right = rows * tall - height, columns * wide - width
         counts, areas = (
-            F.pad(x.float(), (0, right, 0, bottom)).view(-1, rows, self.size, columns, self.size).sum((2, 4))
+            F.pad(x.float(), (0, right, 0, bottom)).view(-1, rows, tall, columns, wide).sum((2, 4))
             for x in (selected, torch.ones_like(selected[:1]))
         )
         return torch.nonzero(counts > self.density * areas)

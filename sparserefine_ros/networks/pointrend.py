@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparserefine_ros.networks.ensemblers import DirectEnsembler
+from sparserefine_ros.networks.limits import check_whole
 from sparserefine_ros.networks.points import CoarseFine, centres, most_uncertain, sample, subdivisions
 from sparserefine_ros.sparse import SiteSet
+
+CHUNK = 1 << 16  # points; those of an uncertain frame, all at once, take 3 KB each: gigabytes
 
 
 class PointRend(nn.Module):
@@ -50,6 +53,8 @@ class PointRend(nn.Module):
         where: str = "subdivision",
     ) -> None:
         super().__init__()
+        check_whole(features=features, hidden=hidden)
+        check_whole(0, layers=layers)
         if where not in ("subdivision", "entropy"):
             raise ValueError(f"where is {where!r}; choose subdivision or entropy")
         if not (0 < points <= 1 and 0 < train_points <= 1):
@@ -83,10 +88,13 @@ class PointRend(nn.Module):
         return logits
 
     def at(self, maps: CoarseFine, points: Tensor) -> Tensor:
-        """Logits [B, P, K] at ``points`` [B, P, 2]."""
-        coarse = sample(maps.coarse, points)
-        fine = torch.cat([sample(x, points) for x in maps.fine], 2)
-        return self(fine.flatten(0, 1), coarse.flatten(0, 1)).unflatten(0, points.shape[:2])
+        """Logits [B, P, K] at ``points`` [B, P, 2], CHUNK of each image at a time."""
+        parts = []
+        for part in points.split(CHUNK, 1):
+            coarse = sample(maps.coarse, part)
+            fine = torch.cat([sample(x, part) for x in maps.fine], 2)
+            parts.append(self(fine.flatten(0, 1), coarse.flatten(0, 1)).unflatten(0, part.shape[:2]))
+        return torch.cat(parts, 1)
 
     def render(self, maps: CoarseFine, size: tuple[int, int]) -> tuple[Tensor, float]:
         """Logits [B, K, H, W] by subdivision, and how many points were predicted, over the pixels of ``size``."""

@@ -25,9 +25,10 @@ class CoarseFine(NamedTuple):
 
 def sample(maps: Tensor, points: Tensor, mode: str = "bilinear") -> Tensor:
     """Values [B, P, C] of ``maps`` [B, C, h, w] at ``points`` [B, P, 2]; beyond the outer pixels' centres, theirs."""
-    grid = 2 * points[:, :, None] - 1  # [B, P, 1, 2]
-    values = F.grid_sample(maps, grid.to(maps.dtype), mode=mode, padding_mode="border", align_corners=False)
-    return values[..., 0].transpose(1, 2)
+    exact = torch.promote_types(maps.dtype, torch.float32)  # half precision cannot tell the pixels of a wide map apart
+    grid = 2 * points[:, :, None].to(exact) - 1  # [B, P, 1, 2]
+    values = F.grid_sample(maps.to(exact), grid, mode=mode, padding_mode="border", align_corners=False)
+    return values[..., 0].transpose(1, 2).to(maps.dtype)
 
 
 def uncertainty(logits: Tensor, dim: int = 1) -> Tensor:

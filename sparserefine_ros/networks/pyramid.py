@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from sparserefine_ros.networks.backbones import build_backbone, extend
 from sparserefine_ros.networks.compact import ConvBnRelu
+from sparserefine_ros.networks.limits import check_whole
 
 
 class PyramidSegmenter(nn.Module):
@@ -29,6 +30,7 @@ class PyramidSegmenter(nn.Module):
 
     def __init__(self, num_classes: int, backbone: str = "compact", width: int = 128, stride: int = 4) -> None:
         super().__init__()
+        check_whole(width=width, stride=stride)
         self.encoder = build_backbone(backbone)
         self.used = [i for i, s in enumerate(self.encoder.strides) if s >= stride]
         if not self.used:

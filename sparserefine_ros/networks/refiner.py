@@ -18,6 +18,8 @@ from sparserefine_ros.sparse import Pyramid
 from sparserefine_ros.sparse.backends import Backend
 from sparserefine_ros.sparse.pyramid import check_pyramid
 
+MAX_LEVELS = 16  # halvings of the largest image end there in one site
+
 
 class Refinement(NamedTuple):
     """What the refiner says of the selected pixels."""
@@ -40,7 +42,8 @@ class SparseRefiner(nn.Module):
         ensembler: gated, direct, entropy, oracle or residual.
         context: the U-Net reads the initial softmax beside the colours (ours); False is the paper's refiner.
 
-    Raises ValueError for no channels, no blocks, or a stride, an ensembler or a context that is none of these.
+    Raises ValueError for no channels or more than MAX_LEVELS, no blocks, or a stride, an ensembler or a context that is
+    none of these.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class SparseRefiner(nn.Module):
     ) -> None:
         super().__init__()
         check_pyramid(len(channels), stride)
+        if len(channels) > MAX_LEVELS:
+            raise ValueError(f"channels are of {len(channels)} levels; give 1 to {MAX_LEVELS}")
         if blocks < 1 or not isinstance(context, bool):
             raise ValueError(f"blocks {blocks!r}, context {context!r}; give a number from 1, and true or false")
         self.levels, self.stride, self.context = len(channels), stride, context

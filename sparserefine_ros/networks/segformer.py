@@ -91,11 +91,11 @@ def mix_transformer(config: Mapping[str, Any]) -> Any:
         from transformers import SegformerConfig, SegformerModel
     except ImportError as error:
         raise ValueError(
-            "network 'segformer' needs the package transformers, which is missing; pip install 'transformers>=5.23'"
+            f"a SegFormer needs the package transformers: pip install 'transformers>=5.23' ({error})"
         ) from error
     encoder = SegformerModel(SegformerConfig(**config))
     if not hasattr(encoder, "stages"):
         raise ValueError(
-            "network 'segformer' needs a newer transformers, whose encoder has 'stages'; pip install -U transformers"
+            "a SegFormer needs a newer transformers, whose encoder has 'stages'; pip install -U transformers"
         )
     return encoder

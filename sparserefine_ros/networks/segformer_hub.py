@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparserefine_ros.networks.compact import ConvBnRelu
+from sparserefine_ros.networks.hub_config import check_segformer
 from sparserefine_ros.networks.segformer import mix_transformer
 
 
@@ -24,14 +25,15 @@ class HubSegFormer(nn.Module):
 
     Args:
         num_classes: K.
-        config: transformers' configuration of a SegFormer, as its config.json has it.
+        config: transformers' configuration of a SegFormer, as its config.json has it; see `hub_config` for the keys.
 
     Raises:
-        ValueError: the package transformers is missing or too old.
+        ValueError: a config with other keys, or the package transformers is missing or too old.
     """
 
     def __init__(self, num_classes: int, config: Mapping[str, Any]) -> None:
         super().__init__()
+        check_segformer(config)
         # Left out, the last level would be a sequence, which only square images can be rebuilt from.
         self.encoder: Any = mix_transformer({**config, "reshape_last_stage": True})
         settings = self.encoder.config

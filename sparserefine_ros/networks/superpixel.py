@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from sparserefine_ros.networks.association import ASSOCIATIONS, assign, project
 from sparserefine_ros.networks.backbones import build_backbone, extend
 from sparserefine_ros.networks.hypercolumn import Hypercolumn
+from sparserefine_ros.networks.limits import check_count, check_flags, check_whole
 from sparserefine_ros.networks.local_attention import QueryKeyValue, local_attention
 
 # The paper's configuration on Cityscapes (section IV-A): 1024x2048 images, 32x64 superpixels.
@@ -30,6 +31,7 @@ PAPER: dict[str, Any] = {
     "channels": 256, "pixel_stride": 8, "superpixel_stride": 32, "grid": (32, 64),
     "local_layers": 2, "local_heads": 2, "global_layers": 4, "global_heads": 4,
 }  # fmt: skip
+MAX_STRIDE = 64  # images are extended to whole superpixels, and one is upsampled by a matrix
 POSITION_SHARE = 4  # position embeddings are learned at 1/4 of a grid (section IV-A)
 
 
@@ -48,6 +50,9 @@ class SuperpixelTransformer(nn.Module):
         association: "absolute" or "relative", see `association`.
         residual: adds every pixel's own logits to those of its superpixels. Not in the paper: what is thinner than a
             superpixel, a pole or a sign, has none to take its class from.
+
+    Raises ValueError for numbers that are not whole and above 0 (layers: from 0), strides and heads that do not divide,
+    a superpixel stride above MAX_STRIDE, an unknown backbone or association.
     """
 
     def __init__(
@@ -66,6 +71,15 @@ class SuperpixelTransformer(nn.Module):
         residual: bool = False,
     ) -> None:
         super().__init__()
+        check_whole(
+            channels=channels, pixel_stride=pixel_stride, superpixel_stride=superpixel_stride,
+            local_heads=local_heads, global_heads=global_heads,
+        )  # fmt: skip
+        check_whole(0, local_layers=local_layers, global_layers=global_layers)
+        check_count(2, grid=grid)
+        check_flags(residual=residual)
+        if superpixel_stride > MAX_STRIDE:
+            raise ValueError(f"superpixel stride {superpixel_stride}; give one up to {MAX_STRIDE}")
         if superpixel_stride % pixel_stride:
             raise ValueError(f"superpixel stride {superpixel_stride} is no multiple of the pixel stride {pixel_stride}")
         for name, heads in {"local_heads": local_heads, "global_heads": global_heads}.items():
@@ -85,6 +99,8 @@ class SuperpixelTransformer(nn.Module):
         self.queries = _learned(channels, (gy, gx))
         self.pixel_positions = _learned(channels, pixel_positions)
         self.superpixel_positions = _learned(channels, superpixel_positions)
+        for learned in (self.queries, self.pixel_positions, self.superpixel_positions):
+            nn.init.trunc_normal_(learned, std=0.02)
         self.local = nn.ModuleList(DualPathLayer(channels, local_heads) for _ in range(local_layers))
         self.pixel_norm, self.superpixel_norm = nn.LayerNorm(channels), nn.LayerNorm(channels)
         self.layers = nn.ModuleList(SelfAttentionLayer(channels, global_heads) for _ in range(global_layers))
@@ -197,7 +213,8 @@ class SelfAttentionLayer(nn.Module):
 
 
 def _learned(channels: int, size: tuple[int, int]) -> nn.Parameter:
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, channels, *size), std=0.02))
+    """Not filled yet: a grid that asks for too much is refused before (`limits`)."""
+    return nn.Parameter(torch.empty(1, channels, *size))
 
 
 def _resized(learned: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,7 +1,7 @@
 """Checkpoints in the form of the Hugging Face hub: a folder with config.json and model.safetensors.
 
-What to build is read from config.json, of which only the keys listed here are kept; the names of the weights are those
-that the hub's files have, also where newer versions of transformers call their modules otherwise.
+What to build is read from config.json, of which only the keys that shape a network are kept; the names of the weights
+are those that the hub's files have, also where newer versions of transformers call their modules otherwise.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparserefine_ros.errors import BundleError
+from sparserefine_ros.networks.hub_config import MASK2FORMER_KEYS, SEGFORMER_KEYS, SWIN_KEYS
 from sparserefine_ros.segmenter.mmseg_names import Architecture, Renames
 from sparserefine_ros.segmenter.preprocess import MEAN, STD
 from sparserefine_ros.untrusted import read_text
@@ -66,24 +67,14 @@ class Family:
 FAMILIES = {
     "SegformerForSemanticSegmentation": Family(
         "segformer-hub",
-        (
-            "num_encoder_blocks", "depths", "sr_ratios", "hidden_sizes", "patch_sizes", "strides",
-            "num_attention_heads", "mlp_ratios", "hidden_act", "layer_norm_eps", "decoder_hidden_size",
-        ),
+        SEGFORMER_KEYS,
         (),
         SEGFORMER,
     ),
     "Mask2FormerForUniversalSegmentation": Family(
         "mask2former",
-        (
-            "feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim", "activation_function",
-            "encoder_layers", "decoder_layers", "num_attention_heads", "dim_feedforward", "pre_norm",
-            "enforce_input_projection", "common_stride", "num_queries", "feature_strides",
-        ),
-        (
-            "model_type", "patch_size", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "qkv_bias",
-            "hidden_act", "layer_norm_eps", "out_features",
-        ),
+        MASK2FORMER_KEYS,
+        SWIN_KEYS,
         MASK2FORMER,
         (
             (r"^criterion\.", "used in training only"),

@@ -84,7 +84,7 @@ class Sparse(Refining):
         return Refined(SiteSet.from_mask(seen.selected), torch.cat(parts)) if parts else None
 
     def _answer(self, selected: Tensor, native: Tensor, *context: Tensor) -> Refined | None:
-        if self.graphed is not None:
+        if self.graphed is not None and self.network.fused is not None:  # not fused: its layers are being counted
             return Refined(*self.graphed(selected, native, *context))
         pyramid = self.network.pyramid(selected)
         sites = pyramid.levels[0]

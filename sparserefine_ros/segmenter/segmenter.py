@@ -285,7 +285,7 @@ class Segmenter:
         """
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # some of torch's own checks raise the latter
             if any(word in str(error).lower() for word in ("memory", "alloc", "cuda")):
                 raise
             height, width = self.low_size(size)
