@@ -108,6 +108,10 @@ class CpuBackend(Backend):
         return None
 
     def pack(self, weight: Tensor, shortcut: Tensor | None = None) -> _Packed:
+        fits = weight.dim() == 3 and weight.shape[0] == TAPS
+        if not fits or (shortcut is not None and shortcut.shape[1:] != weight.shape[2:]):
+            given = [tuple(t.shape) for t in (weight, shortcut) if t is not None]
+            raise ValueError(f"weights have shape {given}: give [{TAPS}, Cin, Cout] and, for a shortcut, [C2, Cout]")
         _, cin, cout = weight.shape
         panels = self._panels(weight)
         c2 = 0 if shortcut is None else len(shortcut)
@@ -148,6 +152,9 @@ class CpuBackend(Backend):
         for slot, out in zip(layer.outputs, outputs, strict=False):
             _check("output", out.tensor, kernel_map.n_out, packed.cout)
             slot.data, slot.stride, slot.relu = out.tensor.data_ptr(), out.tensor.stride(0), out.relu
+            for vector in (out.scale, out.shift):
+                if vector is not None:
+                    _check("scale or shift as a row", vector[None], 1, packed.cout)
             slot.scale, slot.shift = address(out.scale), address(out.shift)
         if isinstance(kernel_map, BlockMap) and packed.cin >= MIN_CHANNELS:
             self._blocks(layer, packed, kernel_map.patches)
