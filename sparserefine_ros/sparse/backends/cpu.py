@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparserefine_ros.native import PARALLEL, NativeError, address, load, parallel
-from sparserefine_ros.sparse.backends.base import Backend, Output
+from sparserefine_ros.sparse.backends.base import Backend, Output, check_weights
 from sparserefine_ros.sparse.maps import STRIDE_PADDING, TAPS, KernelMap, TapGroup
 from sparserefine_ros.sparse.pyramid import Pyramid, check_pyramid
 from sparserefine_ros.sparse.sites import SiteSet, check_mask
@@ -108,10 +108,7 @@ class CpuBackend(Backend):
         return None
 
     def pack(self, weight: Tensor, shortcut: Tensor | None = None) -> _Packed:
-        fits = weight.dim() == 3 and weight.shape[0] == TAPS
-        if not fits or (shortcut is not None and shortcut.shape[1:] != weight.shape[2:]):
-            given = [tuple(t.shape) for t in (weight, shortcut) if t is not None]
-            raise ValueError(f"weights have shape {given}: give [{TAPS}, Cin, Cout] and, for a shortcut, [C2, Cout]")
+        check_weights(weight, shortcut)
         _, cin, cout = weight.shape
         panels = self._panels(weight)
         c2 = 0 if shortcut is None else len(shortcut)
