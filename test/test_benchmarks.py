@@ -18,7 +18,7 @@ from sparserefine_ros import cli
 from sparserefine_ros.benchmarks import decoders, sparse, spconv_peer
 from sparserefine_ros.benchmarks.masks import edge_mask
 from sparserefine_ros.benchmarks.sparse import Case, measure
-from sparserefine_ros.benchmarks.sparse_report import markdown
+from sparserefine_ros.benchmarks.sparse_report import draw, markdown
 from sparserefine_ros.commands.bench import CARD_MARK, write_card
 from sparserefine_ros.errors import ParameterError
 from sparserefine_ros.networks.fused_unet import FusedUNet
@@ -141,6 +141,23 @@ def test_spconv_is_measured_only_where_it_is_right(monkeypatch: pytest.MonkeyPat
     assert sparse.spconv_ms(case, unet, mask & False, x[:0]) == (None, "takes no frame without selected pixels")
     half = replace(case, dtype=torch.float16)
     assert sparse.spconv_ms(half, unet, mask, x.half()) == (None, "on a CPU it is compared in float32 alone")
+
+
+def test_the_dense_peer_takes_any_depth() -> None:
+    case = Case((128, 128), 0.1, (2,) * 8, blocks=1)
+    ms, why = sparse.dense_ms(case, case.unet(), case.mask(), case.colours(0))
+    assert ms is not None and ms > 0 and why == ""
+    case = Case((96, 128), 0.1, (2,) * 8, blocks=1)
+    assert sparse.dense_ms(case, case.unet(), case.mask(), case.colours(0)) == (
+        None, "halves 128x96 to whole pixels only where 128 divides both",
+    )  # fmt: skip
+
+
+def test_a_sweep_without_selected_pixels_is_drawn(tmp_path: Path) -> None:
+    result = {"case": {"sites": 0, "dtype": "float32", "channels": [4], "device": "CPU"}, "totals": {"torch": 1.0}}
+    point = {"density": 0.0, "megapixels": 0.5, "sites": 0.0, "ms": 1.0}
+    draw({**result, "ours": "torch"}, {"density": [point], "size": [point]}, tmp_path / "empty.png")
+    assert (tmp_path / "empty.png").stat().st_size > 10_000
 
 
 def test_an_adapter_and_its_library_have_rows_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

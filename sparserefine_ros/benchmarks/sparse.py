@@ -282,7 +282,8 @@ def dense_ms(case: Case, unet: SparseUNet, mask: Tensor, x: Tensor) -> Peer:
     network = DenseUNet(unet.to(case.dtype))
     image = torch.randn(1, 3, *case.size, device=case.device, dtype=case.dtype)
     with torch.inference_mode():
-        network(image[..., :64, :64])
+        corner = max(64, step)
+        network(image[..., :corner, :corner])
         repeats = 1 if case.device.type == "cpu" else 20
         times = [_timed(lambda: network(image), case.device) for _ in range(repeats)]
     unet.float()
