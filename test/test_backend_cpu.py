@@ -212,6 +212,8 @@ def test_bad_input_is_named() -> None:
             backend.pack(*weights)
     with pytest.raises(ValueError, match="give torch.bool"):
         backend.pyramid(MASKS["all"].int(), 1, "floor")
+    with pytest.raises(ValueError, match="mask is on meta: the cpu backend takes it on the CPU"):
+        backend.pyramid(MASKS["all"].to("meta"), 1, "floor")  # whose address the kernels would read
     with pytest.raises(ValueError, match="levels is 0"):
         backend.pyramid(MASKS["all"], 0, "floor")
     with pytest.raises(ValueError, match="'ceil' is unknown"):

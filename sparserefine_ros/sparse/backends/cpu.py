@@ -173,6 +173,8 @@ class CpuBackend(Backend):
     def pyramid(self, mask: Tensor, levels: int, stride: str) -> Pyramid:
         check_mask(mask)
         check_pyramid(levels, stride)
+        if mask.device.type != "cpu":
+            raise ValueError(f"mask is on {mask.device}: the cpu backend takes it on the CPU")
         padding = STRIDE_PADDING[stride]
         sites = [self._sites(mask.contiguous())]
         strided = []
