@@ -196,11 +196,24 @@ def test_bad_input_is_named() -> None:
         (good, [out], {"shortcut": torch.zeros(n, 5)}, "exactly when its weight was packed"),
         (good, [out] * 5, {}, "5 outputs: at most 4"),
     ]
+    vectors = (
+        (torch.ones(1), r"shape \(1, 1\): give \[1, 6\]"),
+        (torch.ones(6).double(), "torch.float64"),
+        (torch.ones(12)[::2], "stride 2"),
+    )
+    for vector, message in vectors:  # the kernel would read elsewhere
+        for names in ({"scale": vector}, {"shift": vector}):
+            cases.append((good, [Output(out.tensor, **names)], {}, f"scale or shift as a row (has|is) {message}"))
     for x, outputs, more, message in cases:
         with pytest.raises(ValueError, match=message):
             backend.conv(x, packed, table, outputs, **more)
+    for weights in ((torch.zeros(8, 4, 6),), (torch.zeros(9, 4, 6), torch.zeros(2, 5))):
+        with pytest.raises(ValueError, match=r"weights have shape \[[89], 4, 6\].*: give \[9, Cin, Cout\]"):
+            backend.pack(*weights)
     with pytest.raises(ValueError, match="give torch.bool"):
         backend.pyramid(MASKS["all"].int(), 1, "floor")
+    with pytest.raises(ValueError, match="mask is on meta: the cpu backend takes it on the CPU"):
+        backend.pyramid(MASKS["all"].to("meta"), 1, "floor")  # whose address the kernels would read
     with pytest.raises(ValueError, match="levels is 0"):
         backend.pyramid(MASKS["all"], 0, "floor")
     with pytest.raises(ValueError, match="'ceil' is unknown"):

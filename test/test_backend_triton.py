@@ -214,6 +214,9 @@ def test_what_does_not_fit_is_refused() -> None:
         backend.conv(x, packed, maps, [out], shortcut=x)
     with pytest.raises(ValueError, match=r"scale and shift have shape \(3,\): give \(5,\)"):
         backend.conv(x, packed, maps, [Output(out.tensor, x[0])])
+    for weights in ((torch.zeros(8, 3, 5),), (torch.zeros(9, 3, 5), torch.zeros(2, 4))):
+        with pytest.raises(ValueError, match=r"weights have shape \[[89], 3, 5\].*: give \[9, Cin, Cout\]"):
+            backend.pack(*weights)
     with pytest.raises(ValueError, match="4 outputs: the triton backend writes 1 to 3"):
         backend.conv(x, packed, maps, [out] * 4)
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,14 @@ from sparserefine_ros import cli
 from sparserefine_ros.benchmarks import decoders, sparse, spconv_peer
 from sparserefine_ros.benchmarks.masks import edge_mask
 from sparserefine_ros.benchmarks.sparse import Case, measure
-from sparserefine_ros.benchmarks.sparse_report import markdown
+from sparserefine_ros.benchmarks.sparse_report import draw, markdown
 from sparserefine_ros.commands.bench import CARD_MARK, write_card
 from sparserefine_ros.errors import ParameterError
 from sparserefine_ros.networks.fused_unet import FusedUNet
 from sparserefine_ros.networks.graphed_unet import GraphedUNet
 from sparserefine_ros.networks.unet import SparseUNet
 from sparserefine_ros.sparse import Pyramid, SiteSet
+from sparserefine_ros.sparse.backends import Backend
 from sparserefine_ros.sparse.backends.triton_backend import TritonBackend
 
 
@@ -112,6 +114,60 @@ def test_spconv_gives_what_ours_gives(tmp_path: Path) -> None:
     subprocess.run([*command, "--repeats", "1"], check=True, capture_output=True, env={"OMP_NUM_THREADS": "1"})
     theirs = torch.load(tmp_path / "answer", weights_only=True)["features"]
     torch.testing.assert_close(unet(x, pyramid), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_spconv_is_measured_only_where_it_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spconv_peer, "installed", lambda: True)
+    case = Case((16, 32), 0.3, (4,), blocks=1)
+    unet, mask = case.unet(), case.mask()
+    x = case.colours(int(mask.sum()))
+    right = unet(x, Pyramid.build(mask, 1)).detach()
+
+    def peer(features: Tensor | None) -> tuple[float | None, str]:
+        def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+            if features is None:  # as where memory ran out
+                return subprocess.CompletedProcess(command, -9, "", "")
+            torch.save({"features": features}, command[-1])
+            return subprocess.CompletedProcess(command, 0, "1.5\n", "")
+
+        monkeypatch.setattr(sparse.subprocess, "run", run)
+        return sparse.spconv_ms(case, unet, mask, x)
+
+    assert peer(right) == (1.5, "")
+    assert peer(None) == (None, "failed: exit status -9")
+    for wrong in (right.flip(0), right * float("nan")):
+        ms, why = peer(wrong)
+        assert ms is None and "its result differs from ours" in why
+    assert sparse.spconv_ms(case, unet, mask & False, x[:0]) == (None, "takes no frame without selected pixels")
+    half = replace(case, dtype=torch.float16)
+    assert sparse.spconv_ms(half, unet, mask, x.half()) == (None, "on a CPU it is compared in float32 alone")
+
+
+def test_the_dense_peer_takes_any_depth() -> None:
+    case = Case((128, 128), 0.1, (2,) * 8, blocks=1)
+    ms, why = sparse.dense_ms(case, case.unet(), case.mask(), case.colours(0))
+    assert ms is not None and ms > 0 and why == ""
+    case = Case((96, 128), 0.1, (2,) * 8, blocks=1)
+    assert sparse.dense_ms(case, case.unet(), case.mask(), case.colours(0)) == (
+        None, "halves 128x96 to whole pixels only where 128 divides both",
+    )  # fmt: skip
+
+
+def test_a_sweep_without_selected_pixels_is_drawn(tmp_path: Path) -> None:
+    result = {"case": {"sites": 0, "dtype": "float32", "channels": [4], "device": "CPU"}, "totals": {"torch": 1.0}}
+    point = {"density": 0.0, "megapixels": 0.5, "sites": 0.0, "ms": 1.0}
+    draw({**result, "ours": "torch"}, {"density": [point], "size": [point]}, tmp_path / "empty.png")
+    assert (tmp_path / "empty.png").stat().st_size > 10_000
+
+
+def test_an_adapter_and_its_library_have_rows_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "pick_backend", lambda *arguments: Backend())
+    monkeypatch.setattr(sparse, "spconv_ms", lambda *arguments: (7e6, ""))
+    result = measure(Case((16, 32), 0.3, (4,), blocks=1), ["spconv", "torch"], 1)
+    own = result["totals"]["spconv"]
+    assert result["totals"]["spconv peer"] == 7e6 and own < 1e6
+    assert result["ratios"]["spconv"] == pytest.approx(7e6 / own)
+    assert f"| **spconv** | {own:.1f} | {result['maps']['spconv']:.1f} | 1.00 |" in markdown(result)
 
 
 def test_command_prints_saves_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:

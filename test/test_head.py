@@ -79,6 +79,17 @@ def test_merge(kind: type[Head], layout: str, classes: int, channels: int, selec
     assert (mask[~chosen] == 77).all() and (confidence[~chosen] == 77).all()
 
 
+@needs_compiler
+def test_features_may_lie_in_any_order() -> None:
+    refiner, logits, sites = build(5, 6), logits_of(5, "channels_last"), selected_blocks((13, 20), (26, 40))
+    features = torch.randn(6, len(sites), generator=torch.Generator().manual_seed(2)).t()  # channel by channel
+    results = [torch.zeros(2, *sites.shape, dtype=torch.uint8) for _ in range(2)]
+    with torch.no_grad():
+        for result, given in zip(results, (features, features.contiguous()), strict=True):
+            NativeHead(refiner).merge(given, logits, sites, *result)
+    assert torch.equal(*results)
+
+
 def selected_blocks(low: tuple[int, int], native: tuple[int, int], batch: int = 2) -> SiteSet:
     """A third of the pixels at low resolution, with every native pixel under them."""
     chosen = torch.rand(batch, *low, generator=torch.Generator().manual_seed(3)) < 0.35

@@ -8,6 +8,7 @@ import os
 import pwd
 import shutil
 import stat
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -231,3 +232,31 @@ def test_a_cache_that_cannot_be_written_is_replaced(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
     folder = native.cache_folder()
     assert folder.is_dir() and stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_temporary_folder_goes_with_its_process(tmp_path: Path) -> None:
+    """A service without a home starts again and again."""
+    (tmp_path / "file").write_text("")
+    code = "from sparserefine_ros import native; native.load(native.PARALLEL); print(native.cache_folder())"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "file"), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()).parent == tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_without_a_folder_to_write_torch_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(**arguments: str) -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(native.tempfile, "mkdtemp", none)
+    monkeypatch.setattr(native, "_temporary_folder", native._temporary_folder.__wrapped__)
+    load.cache_clear()
+    try:
+        with pytest.raises(NativeError, match="no folder for kernels: No usable .*; set XDG_CACHE_HOME"):
+            load(native.PARALLEL)
+        assert pick_backend("auto", CPU).name == "torch"
+        assert not isinstance(build_head(SparseRefiner(3, (4,)), CPU), NativeHead)
+    finally:
+        load.cache_clear()

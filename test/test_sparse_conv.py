@@ -173,6 +173,21 @@ def test_gradcheck() -> None:
         assert torch.autograd.gradcheck(lambda x, w, kind=kind: apply(kind, pyramid, x, w), (x, weight))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bias_alone_can_be_trained(kind: str) -> None:
+    """On frozen weights and features without a gradient."""
+    generator = torch.Generator().manual_seed(2)
+    pyramid = Pyramid.build(torch.rand(2, 5, 5, generator=generator) < 0.5, 2)
+    layer = dict(zip(KINDS, (SubmanifoldConv2d, StridedConv2d, TransposedConv2d), strict=True))[kind](2, 3, bias=True)
+    layer.weight.requires_grad_(False)
+    assert layer.bias is not None
+    x = features(kind, pyramid, 2, generator).float()
+    out = layer(x, pyramid.submanifold[0] if kind == "submanifold" else pyramid.strided[0])
+    share = torch.randn(out.shape, generator=generator)
+    (out * share).sum().backward()
+    torch.testing.assert_close(layer.bias.grad, share.sum(0))
+
+
 def test_levels_that_run_empty_have_defined_results() -> None:
     """A pixel at (1, 1) has no coarse path under "dilate": down gives no rows, and up again zeros."""
     pyramid = Pyramid.build(pixel_mask(8, 8, (1, 1)), 4, "dilate")

@@ -10,7 +10,7 @@ from sparserefine_ros.networks.unet import ResidualBlock, SparseUNet, Stage
 
 
 class DenseUNet:
-    """``unet`` on full images; strides as "floor" has them, whose levels halve evenly. Sizes divide by 2^levels."""
+    """``unet`` on full images; strides as "floor" has them, whose levels halve evenly: 2^(levels - 1) divides sizes."""
 
     def __init__(self, unet: SparseUNet) -> None:
         self.unet = unet

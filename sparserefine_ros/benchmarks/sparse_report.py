@@ -57,7 +57,7 @@ def draw(result: dict[str, Any], sweep: dict[str, list[dict[str, float]]], file:
         xs = [100 * p["density"] if name == "density" else p["megapixels"] for p in points]
         axis.plot(xs, [p["ms"] for p in points], "o-", color="#d62728", label=result["ours"])
         last = points[-1]
-        line = [last["ms"] * p["sites"] / last["sites"] for p in points]
+        line = [last["ms"] * p["sites"] / max(1, last["sites"]) for p in points]
         axis.plot(xs, line, ":", color="grey", label="proportional to the selected pixels")
         axis.set(xlabel=label, ylabel="ms", xlim=(0, None), ylim=(0, None))
         axis.grid(alpha=0.3)

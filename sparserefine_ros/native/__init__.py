@@ -6,6 +6,7 @@ this very CPU and kept in the user's cache. Where there is no compiler, callers 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -45,7 +46,10 @@ def load(source: Path) -> ctypes.CDLL:
     compiler = _compiler()
     command = [*compiler, *FLAGS, *NATIVE.get(platform.machine(), ())]
     key = hashlib.sha256("\0".join([source.read_text(), *command, _version(tuple(compiler)), _cpu()]).encode())
-    library = cache_folder() / f"{source.stem}-{key.hexdigest()[:16]}.so"
+    try:
+        library = cache_folder() / f"{source.stem}-{key.hexdigest()[:16]}.so"
+    except OSError as error:  # not even a temporary one, as in a container that is read-only
+        raise NativeError(f"no folder for kernels: {error}; set XDG_CACHE_HOME to one that can be written") from error
     if library.exists():
         with suppress(OSError):  # damaged: a power cut, a full disk
             return ctypes.CDLL(str(library))
@@ -74,7 +78,10 @@ def address(tensor: Tensor | None) -> int | None:
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/sparserefine_ros, by default under ~/.cache; a temporary folder where that cannot be written."""
+    """$XDG_CACHE_HOME/sparserefine_ros, by default under ~/.cache; where that cannot be written, a temporary folder.
+
+    The latter goes with the process. Raises OSError where not even that can be had.
+    """
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         folder = (Path(base) if base else Path.home() / ".cache") / "sparserefine_ros"
@@ -86,7 +93,9 @@ def cache_folder() -> Path:
 
 @cache
 def _temporary_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="sparserefine_ros-"))
+    folder = Path(tempfile.mkdtemp(prefix="sparserefine_ros-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _compiler() -> list[str]:

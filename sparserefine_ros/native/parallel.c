@@ -7,7 +7,7 @@
 #include <stdint.h>
 
 #define MAX_WORKERS 63
-#define WATCHES 20000  // some tens of microseconds
+#define WATCHES 20000  // half a millisecond where a pause is long, as on today's x86; else some tens of microseconds
 
 typedef void (*work)(void *argument, int64_t first, int64_t last);
 

@@ -120,6 +120,8 @@ class NativeHead(Head):
 
     def merge(self, features: Tensor, logits: Tensor, sites: SiteSet, mask: Tensor, confidence: Tensor) -> bool:
         rows, features, flat = _rows(logits.float()), features.float(), sites.flat
+        if features.stride(1) != 1:  # the kernel takes channels side by side
+            features = features.contiguous()
         low, pixels = self._blocks(logits, sites)
         members = 1 if pixels is None else pixels.shape[1]
         job = _MergeJob(

@@ -42,7 +42,7 @@ def sparse_conv(x: Tensor, weight: Tensor, kernel_map: KernelMap, bias: Tensor |
         x, weight = x.to(dtype), weight.to(dtype)
     if x.dtype != weight.dtype:
         raise ValueError(f"features have dtype {x.dtype} and the weight {weight.dtype}: convert one of them")
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         out: Tensor = _SparseConv.apply(x, weight, kernel_map)  # type: ignore[no-untyped-call]
         return out if bias is None else out + bias.to(out.dtype)
     return _gather_gemm(x, weight, kernel_map.forward, kernel_map.n_out, bias)

@@ -81,11 +81,6 @@ class KernelMap:
         return _full_table(self.forward, self.n_out, self.n_in)
 
     @property
-    def in_to_out(self) -> Tensor:
-        """[Ni, 9] int32: output row for each input row and tap, No where none."""
-        return _full_table(self.backward, self.n_in, self.n_out)
-
-    @property
     def pairs(self) -> int:
         """Number of pairs; a convolution costs pairs * Cin * Cout multiply-adds.  Synchronises CUDA."""
         return sum(int((group.table != self.n_in).sum()) for group in self.forward)

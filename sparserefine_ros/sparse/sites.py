@@ -68,12 +68,6 @@ class SiteSet:
     def device(self) -> torch.device:
         return self.sites.device
 
-    @property
-    def density(self) -> float:
-        """Active share of the grid, in [0, 1]; 0 for a grid without pixels."""
-        batch, height, width = self.shape
-        return len(self) / max(1, batch * height * width)
-
     @cached_property
     def flat(self) -> Tensor:
         """[N] int64: position of every site in a flattened [B, H, W] grid."""
@@ -91,12 +85,6 @@ class SiteSet:
         rows = torch.arange(len(self), dtype=torch.int32, device=self.device)
         grid.view(-1)[self.flat_in(height + 2, width + 2, border=1)] = rows
         return grid
-
-    @cached_property
-    def grid(self) -> Tensor:
-        """[B, H, W] int32: row of each site's features, -1 where there is none."""
-        inner = self.bordered_grid[:, 1:-1, 1:-1]
-        return torch.where(inner == len(self), inner.new_tensor(-1), inner)
 
     @property
     def mask(self) -> Tensor:

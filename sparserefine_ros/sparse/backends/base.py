@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sparserefine_ros.sparse.conv import sparse_conv
-from sparserefine_ros.sparse.maps import KernelMap
+from sparserefine_ros.sparse.maps import TAPS, KernelMap
 from sparserefine_ros.sparse.pyramid import Pyramid
 
 
@@ -93,3 +93,11 @@ class Backend:
     def product(self, x: Tensor, weight: Any, kernel_map: KernelMap) -> Tensor:
         """The sparse convolution alone, [Ni, Cin] to a new [No, Cout]: all that an adapter of a library overrides."""
         return sparse_conv(x, weight, kernel_map)
+
+
+def check_weights(weight: Tensor, shortcut: Tensor | None) -> None:
+    """ValueError for weights of another shape, of which a compiled kernel would read past the end."""
+    fits = weight.dim() == 3 and weight.shape[0] == TAPS
+    if not fits or (shortcut is not None and shortcut.shape[1:] != weight.shape[2:]):
+        given = ", ".join(str(list(t.shape)) for t in (weight, shortcut) if t is not None)
+        raise ValueError(f"weights have shape {given}: give [{TAPS}, Cin, Cout] and, for a shortcut, [C2, Cout]")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparserefine_ros.native import PARALLEL, NativeError, address, load, parallel
-from sparserefine_ros.sparse.backends.base import Backend, Output
+from sparserefine_ros.sparse.backends.base import Backend, Output, check_weights
 from sparserefine_ros.sparse.maps import STRIDE_PADDING, TAPS, KernelMap, TapGroup
 from sparserefine_ros.sparse.pyramid import Pyramid, check_pyramid
 from sparserefine_ros.sparse.sites import SiteSet, check_mask
@@ -108,6 +108,7 @@ class CpuBackend(Backend):
         return None
 
     def pack(self, weight: Tensor, shortcut: Tensor | None = None) -> _Packed:
+        check_weights(weight, shortcut)
         _, cin, cout = weight.shape
         panels = self._panels(weight)
         c2 = 0 if shortcut is None else len(shortcut)
@@ -148,6 +149,9 @@ class CpuBackend(Backend):
         for slot, out in zip(layer.outputs, outputs, strict=False):
             _check("output", out.tensor, kernel_map.n_out, packed.cout)
             slot.data, slot.stride, slot.relu = out.tensor.data_ptr(), out.tensor.stride(0), out.relu
+            for vector in (out.scale, out.shift):
+                if vector is not None:
+                    _check("scale or shift as a row", vector[None], 1, packed.cout)
             slot.scale, slot.shift = address(out.scale), address(out.shift)
         if isinstance(kernel_map, BlockMap) and packed.cin >= MIN_CHANNELS:
             self._blocks(layer, packed, kernel_map.patches)
@@ -169,6 +173,8 @@ class CpuBackend(Backend):
     def pyramid(self, mask: Tensor, levels: int, stride: str) -> Pyramid:
         check_mask(mask)
         check_pyramid(levels, stride)
+        if mask.device.type != "cpu":
+            raise ValueError(f"mask is on {mask.device}: the cpu backend takes it on the CPU")
         padding = STRIDE_PADDING[stride]
         sites = [self._sites(mask.contiguous())]
         strided = []

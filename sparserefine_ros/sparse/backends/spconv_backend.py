@@ -17,7 +17,7 @@ from sparserefine_ros.sparse.maps import KernelMap
 
 
 class SpconvBackend(Backend):
-    """float32, and on CUDA float16; on a CPU with one thread alone, as spconv's CPU build races with more."""
+    """float32 and float16; on a CPU with one thread alone, as spconv's CPU build races with more."""
 
     name = "spconv"
     dtypes = (torch.float32, torch.float16)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparserefine_ros.sparse.backends.base import Backend, Output
+from sparserefine_ros.sparse.backends.base import Backend, Output, check_weights
 from sparserefine_ros.sparse.backends.triton_tiles import Packed, Tile, candidates, fastest, interpreter_tile, pick_tile
 from sparserefine_ros.sparse.maps import STRIDE_MODES, TAPS, KernelMap, TapGroup
 from sparserefine_ros.sparse.pyramid import Pyramid
@@ -85,6 +85,7 @@ class TritonBackend(Backend):
             return build_padded_pyramid(mask, stride, capacities)
 
     def pack(self, weight: Tensor, shortcut: Tensor | None = None) -> Packed:
+        check_weights(weight, shortcut)
         cin, cout = weight.shape[1:]
         kp, np = _padded(cin), _padded(cout)
         c2 = 0 if shortcut is None else shortcut.shape[0]
