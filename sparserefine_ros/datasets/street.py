@@ -25,7 +25,7 @@ class Street:
 
     Frame i is a pure function of (seed, i, fps, size): random access, any order, any number of threads. The same scene
     at another size has the same labels, sampled at that size's pixel centres. Seeds differ in street, weather, season,
-    traffic and camera.
+    traffic and camera. Other versions of OpenCV round a texture otherwise, and up to one label in a thousand with it.
 
     Raises DatasetError for arguments out of range, IndexError for a frame that the drive does not have.
     """
