@@ -36,7 +36,7 @@ class Folder:
         self.images = sorted(path for path in found if path.suffix.lower() in PICTURES)
         if not self.images:
             raise DatasetError(f"no {', '.join(PICTURES)} files in {folder / 'image'}; put the frames there")
-        there = (folder / "label").iterdir() if (folder / "label").is_dir() else ()
+        there = sorted((folder / "label").iterdir()) if (folder / "label").is_dir() else []
         self._labels = {path.stem: path for path in there if path.suffix.lower() == ".png"}
         if self._labels and not any(image.stem in self._labels for image in self.images):
             raise DatasetError(
