@@ -257,6 +257,7 @@ def test_clipping_keeps_what_is_in_front() -> None:
         ({"size": (128,)}, r"\(128,\)"),
         ({"fps": 0.0}, "0.0 frames a second; give"),
         ({"fps": float("nan")}, "nan"),
+        ({"frames": 3, "fps": 1e-9}, r"3 frames at 1e-09 a second takes 3e\+09 s; give at most 1e\+07"),  # never ended
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, object], words: str) -> None:
