@@ -20,10 +20,6 @@ class ClassList:
             raise ValueError(
                 f"class list {self.name!r} has {len(self.names)} names but {len(self.palette)} colours; give one each"
             )
-        if wrong := [c for c in self.palette if not all(0 <= v <= 255 for v in c)]:
-            raise ValueError(
-                f"class list {self.name!r} has colour {list(wrong[0])}; give red, green, blue, each 0 to 255"
-            )
 
     def __len__(self) -> int:
         return len(self.names)
