@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import cv2
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from sparserefine_ros.datasets.classes import CAMVID, ClassList
+from sparserefine_ros.datasets.pictures import read_ids, read_rgb
 from sparserefine_ros.errors import BagError
-from sparserefine_ros.evaluation import picture, replay_metrics, report
+from sparserefine_ros.evaluation import gallery, picture, replay_metrics, report
 from sparserefine_ros.evaluation.mask_spool import MaskSpool
 from sparserefine_ros.evaluation.replay_metrics import ReplayLog
 
@@ -210,3 +212,14 @@ def test_spool_serves_score() -> None:
     with MaskSpool() as spool:
         spool.put_mask(4, label)
         assert replay_metrics.score([(4, label)], spool, THREE).matrix.accuracy() == 1.0
+
+
+def test_masks_go_into_a_folder_of_any_name(tmp_path: Path) -> None:
+    """cv2.imwrite ends the process where a name is no UTF-8."""
+    folder = tmp_path / os.fsdecode(b"masken_f\xfcr_heute")
+    mask = np.array([[0, 2, 255]], np.uint8)
+    with MaskSpool() as spool:
+        spool.put_mask(4, mask)
+        assert gallery.save_masks(spool, THREE, folder) == 1
+    np.testing.assert_array_equal(read_ids(folder / "4.png"), mask)
+    np.testing.assert_array_equal(read_rgb(folder / "4_color.png"), THREE.lut()[mask])

@@ -16,7 +16,7 @@ from sparserefine_ros.datasets.street import Street
 from sparserefine_ros.datasets.street_blocks import Block
 from sparserefine_ros.datasets.street_raster import Polygons, clip_near, fill_large, fill_small, polygon_spans
 from sparserefine_ros.datasets.street_render import Renderer
-from sparserefine_ros.datasets.street_sensor import expose
+from sparserefine_ros.datasets.street_sensor import _vignette, expose
 from sparserefine_ros.datasets.street_shapes import Group
 from sparserefine_ros.datasets.street_style import Camera, make_style
 from sparserefine_ros.datasets.street_view import View, make_view
@@ -121,6 +121,14 @@ def test_the_sensor_has_noise_of_the_drives_strength() -> None:
     level = np.sqrt(1.4 + 0.045 * first.mean()) * style.noise
     assert (first - second).std() / np.sqrt(2) == pytest.approx(level, rel=0.15)
     np.testing.assert_array_equal(expose(grey, style, 1), first)
+
+
+@pytest.mark.parametrize("size", [(100, 200), (200, 64)])
+def test_the_corners_are_darker_by_the_lens_strength(size: tuple[int, int]) -> None:
+    fall = _vignette(*size, 0.25)[..., 0].astype(int)
+    assert fall[0, 0] == pytest.approx(255 * 0.75, abs=3)
+    assert fall[size[0] // 2, size[1] // 2] >= 254
+    assert (np.diff(fall[: size[0] // 2], axis=0) >= 0).all()  # no band where a negative factor became a large one
 
 
 # -- geometry ------------------------------------------------------------------------------------------------------
@@ -249,6 +257,7 @@ def test_clipping_keeps_what_is_in_front() -> None:
         ({"size": (128,)}, r"\(128,\)"),
         ({"fps": 0.0}, "0.0 frames a second; give"),
         ({"fps": float("nan")}, "nan"),
+        ({"frames": 3, "fps": 1e-9}, r"3 frames at 1e-09 a second takes 3e\+09 s; give at most 1e\+07"),  # never ended
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, object], words: str) -> None:

@@ -477,6 +477,7 @@ def test_camvid_reader_says_what_is_wrong(camvid: Path) -> None:
         ({"train_drives": 0}, "train_drives 0; give"),
         ({"frames": None}, "frames None; give"),
         ({"refiner_drives": -1}, "refiner_drives -1; give a whole number from 0 on"),
+        ({"train_drives": 990, "refiner_drives": 11}, "1001 train_drives and refiner_drives; give at most 1000"),
         ({"size": 64}, r"size 64; give \[height, width\]"),
     ],
 )

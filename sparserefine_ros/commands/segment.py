@@ -21,7 +21,8 @@ def run(args: argparse.Namespace) -> int:
     import cv2
     import numpy as np
 
-    from sparserefine_ros.errors import FrameError, ParameterError
+    from sparserefine_ros.datasets.pictures import read_rgb
+    from sparserefine_ros.errors import ParameterError
     from sparserefine_ros.networks.boundaries import YELLOW, draw_boundaries
     from sparserefine_ros.segmenter.bundle import Bundle
     from sparserefine_ros.segmenter.segmenter import Segmenter
@@ -41,10 +42,8 @@ def run(args: argparse.Namespace) -> int:
     segmenter = Segmenter(Bundle.load(args.model), args.device, args.precision, args.entropy_threshold)
     args.output.mkdir(parents=True, exist_ok=True)
     for file in args.images:
-        bgr = cv2.imread(str(file), cv2.IMREAD_COLOR)
-        if bgr is None:
-            raise FrameError(f"cannot read image {file}; give a PNG or JPEG file")
-        image = np.ascontiguousarray(bgr[..., ::-1])
+        image = read_rgb(file)
+        bgr = np.ascontiguousarray(image[..., ::-1])
         result = segmenter.segment([image])[0]
         colours = segmenter.classes.lut()[result.mask][..., ::-1]
         overlay = cv2.addWeighted(bgr, 0.5, np.ascontiguousarray(colours), 0.5, 0)

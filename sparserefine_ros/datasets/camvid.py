@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import cv2
-import numpy as np
-
 from sparserefine_ros.datasets.base import UNLABELLED, Sample
 from sparserefine_ros.datasets.classes import CAMVID, ClassList
+from sparserefine_ros.datasets.pictures import read_ids, read_rgb
 from sparserefine_ros.errors import DatasetError
 
 VOID = 11
@@ -42,15 +40,9 @@ class CamVid:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
-        image = cv2.imread(str(self.images[index]), cv2.IMREAD_COLOR)
-        label = cv2.imread(str(self.labels[index]), cv2.IMREAD_UNCHANGED)
-        if image is None or label is None:
-            raise DatasetError(f"cannot decode {self.images[index]} or {self.labels[index]}; is the copy complete?")
-        if label.ndim != 2 or int(label.max()) > VOID:
-            raise DatasetError(
-                f"{self.labels[index]} has shape {label.shape} and largest id {int(label.max())}; "
-                f"expected one channel with ids 0-{VOID}"
-            )
+        image, label = read_rgb(self.images[index]), read_ids(self.labels[index])
+        if int(label.max()) > VOID:
+            raise DatasetError(f"{self.labels[index]} has largest id {int(label.max())}; expected ids 0-{VOID}")
         if label.shape != image.shape[:2]:
             raise DatasetError(
                 f"{self.labels[index]} is {label.shape[1]}x{label.shape[0]}, its frame "
@@ -58,5 +50,4 @@ class CamVid:
                 "the frames that belong to them"
             )
         label[label == VOID] = UNLABELLED
-        image = np.ascontiguousarray(image[..., ::-1])  # OpenCV reads BGR
         return Sample(image, label, self.images[index].stem, round(index * 1e9 / self.fps))

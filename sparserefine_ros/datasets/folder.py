@@ -3,17 +3,19 @@
     ROOT/classes.yaml          name: NAME, names: [road, ...], palette: [[128, 64, 128], ...]
     ROOT/[SPLIT/]image/*       JPEG or PNG
     ROOT/[SPLIT/]label/*.png   one channel of class ids, 255 = unlabelled; may be absent
+
+Pictures are turned upright, as their EXIF orientation says, and a label belongs to its picture as it is shown.
 """  # fmt: skip
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from sparserefine_ros.datasets.base import UNLABELLED, Sample
 from sparserefine_ros.datasets.classes import ClassList
+from sparserefine_ros.datasets.pictures import read_ids, read_rgb
 from sparserefine_ros.errors import DatasetError
 from sparserefine_ros.untrusted import load_yaml
 
@@ -34,7 +36,7 @@ class Folder:
         self.images = sorted(path for path in found if path.suffix.lower() in PICTURES)
         if not self.images:
             raise DatasetError(f"no {', '.join(PICTURES)} files in {folder / 'image'}; put the frames there")
-        there = (folder / "label").iterdir() if (folder / "label").is_dir() else ()
+        there = sorted((folder / "label").iterdir()) if (folder / "label").is_dir() else []
         self._labels = {path.stem: path for path in there if path.suffix.lower() == ".png"}
         if self._labels and not any(image.stem in self._labels for image in self.images):
             raise DatasetError(
@@ -49,20 +51,25 @@ class Folder:
 
     def __getitem__(self, index: int) -> Sample:
         file = self.images[index]
-        image = cv2.imread(str(file), cv2.IMREAD_COLOR)
-        if image is None:
-            raise DatasetError(f"cannot decode {file}; give JPEG or PNG files")
-        label = self._label(file, image.shape[:2])
-        return Sample(np.ascontiguousarray(image[..., ::-1]), label, file.stem, round(index * 1e9 / self.fps))
+        image = read_rgb(file)
+        return Sample(image, self._label(file, image), file.stem, round(index * 1e9 / self.fps))
 
-    def _label(self, image: Path, size: tuple[int, int]) -> np.ndarray | None:
-        file = self._labels.get(image.stem)
+    def _label(self, picture: Path, image: np.ndarray) -> np.ndarray | None:
+        file = self._labels.get(picture.stem)
         if file is None:
             return None
-        label = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
-        if label is None or label.shape != size or label.dtype != np.uint8:
-            what = "cannot be decoded" if label is None else f"is {label.dtype} of shape {label.shape}"
-            raise DatasetError(f"{file} {what}; expected uint8 class ids of shape {size}, as its frame")
+        label = read_ids(file)
+        stored = read_rgb(picture, upright=False)
+        if label.shape == stored.shape[:2] and not np.array_equal(stored, image):
+            raise DatasetError(
+                f"{picture} is turned by its EXIF orientation, and {file} fits the pixels as they are stored: nothing "
+                "says that it is turned, too; save picture and label upright, without that orientation"
+            )
+        if label.shape != image.shape[:2]:
+            raise DatasetError(
+                f"{file} is {label.shape[1]}x{label.shape[0]}, its frame {image.shape[1]}x{image.shape[0]}; resize the "
+                "labels by nearest neighbour, or take the frames that belong to them"
+            )
         known = label[label != UNLABELLED]
         if known.size and known.max() >= len(self.classes):
             raise DatasetError(
@@ -76,7 +83,12 @@ def read_classes(file: Path) -> ClassList:
     """The class list that a YAML file gives as name, names and palette; DatasetError where it does not."""
     try:
         data = load_yaml(file)
+        names = data["names"]
+        if not (isinstance(names, list) and 1 <= len(names) <= UNLABELLED):
+            raise ValueError(f"{len(names)} names; expected a list of 1 to {UNLABELLED}")
         palette = tuple((int(r), int(g), int(b)) for r, g, b in data["palette"])
-        return ClassList(str(data["name"]), tuple(str(n) for n in data["names"]), palette)
+        if wrong := [colour for colour in palette if not all(0 <= value <= 255 for value in colour)]:
+            raise ValueError(f"colour {list(wrong[0])}; expected red, green, blue, each 0 to 255")
+        return ClassList(str(data["name"]), tuple(str(n) for n in names), palette)
     except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise DatasetError(f"cannot use {file}: {error!r}; it must give name, names and palette") from error

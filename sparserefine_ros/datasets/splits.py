@@ -68,6 +68,11 @@ def _check_street(dataset: Mapping[str, Any]) -> None:
         value = dataset.get(key, 0)
         if not isinstance(value, int) or value < least:
             raise DatasetError(f"dataset street has {key} {value!r}; give a whole number from {least} on")
+    if (drives := dataset["train_drives"] + dataset.get("refiner_drives", 0)) > STREET_VAL_SEED:
+        raise DatasetError(
+            f"dataset street has {drives} train_drives and refiner_drives; give at most {STREET_VAL_SEED}, since "
+            "drives from that seed on are those of val"
+        )
     size = dataset.get("size", (1024, 2048))
     if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
         raise DatasetError(f"dataset street has size {size!r}; give [height, width] in pixels")

@@ -18,6 +18,7 @@ from sparserefine_ros.datasets.street_view import FAR, make_view
 from sparserefine_ros.errors import DatasetError
 
 SMALLEST = 16
+LONGEST_S = 1e7  # of a drive, 116 days: some 1e8 m, where places are still exact and below the 1e9 m that mean never
 
 
 class Street:
@@ -25,7 +26,7 @@ class Street:
 
     Frame i is a pure function of (seed, i, fps, size): random access, any order, any number of threads. The same scene
     at another size has the same labels, sampled at that size's pixel centres. Seeds differ in street, weather, season,
-    traffic and camera.
+    traffic and camera. Other versions of OpenCV round a texture otherwise, and up to one label in a thousand with it.
 
     Raises DatasetError for arguments out of range, IndexError for a frame that the drive does not have.
     """
@@ -43,6 +44,10 @@ class Street:
             raise DatasetError(f"street size {tuple(size)}; give (height, width), each from {SMALLEST} to 8192 pixels")
         if not (math.isfinite(fps) and fps > 0):
             raise DatasetError(f"street at {fps} frames a second; give a finite rate above 0")
+        if frames / fps > LONGEST_S:
+            raise DatasetError(
+                f"a street of {frames} frames at {fps:g} a second takes {frames / fps:g} s; give at most {LONGEST_S:g}"
+            )
         self.frames, self.seed, self.size, self.fps = int(frames), int(seed), (int(size[0]), int(size[1])), float(fps)
         self.style = make_style(self.seed)
         self._renderer = Renderer(self.style)

@@ -21,10 +21,10 @@ def _noise_bank() -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _vignette(height: int, width: int, strength: float) -> np.ndarray:
-    """Fall-off towards the corners (cos^4-like), [H, W, 3] uint8 with 255 = none."""
+    """Fall-off (cos^4-like), by ``strength`` in the corners whatever the shape, [H, W, 3] uint8 with 255 = none."""
     y = (np.arange(height, dtype=np.float32) + 0.5) / width - height / width / 2
     x = (np.arange(width, dtype=np.float32) + 0.5) / width - 0.5
-    fall = 255 * (1 - strength * 4 * (x[None] ** 2 + y[:, None] ** 2) / 1.25)
+    fall = 255 * (1 - strength * 4 * (x[None] ** 2 + y[:, None] ** 2) / (1 + (height / width) ** 2))
     return np.repeat(fall.astype(np.uint8)[..., None], 3, 2)
 
 

@@ -68,5 +68,10 @@ def save_masks(spool: MaskSpool, classes: ClassList, folder: Path) -> int:
 
 
 def _write_png(path: Path, pixels: np.ndarray) -> None:
-    if not cv2.imwrite(str(path), np.ascontiguousarray(pixels), [cv2.IMWRITE_PNG_COMPRESSION, 1]):
-        raise BagError(f"cannot write {path}; is the folder writable and the disk not full?")
+    content = cv2.imencode(".png", np.ascontiguousarray(pixels), [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
+    try:
+        path.write_bytes(content.tobytes())
+    except OSError as error:
+        raise BagError(
+            f"cannot write {path}: {error.strerror}; is the folder writable and the disk not full?"
+        ) from error

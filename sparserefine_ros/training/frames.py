@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from rich.progress import track
 
 from sparserefine_ros.datasets.base import Sample
 from sparserefine_ros.datasets.classes import ClassList
 from sparserefine_ros.datasets.folder import PICTURES, Folder
+from sparserefine_ros.datasets.pictures import read_rgb
 from sparserefine_ros.errors import DatasetError, FrameError
 from sparserefine_ros.evaluation.bags import Bag
 
@@ -92,7 +92,4 @@ def _is_picture(file: Path) -> bool:
 
 
 def _picture(file: Path, index: int) -> Sample:
-    image = cv2.imread(str(file), cv2.IMREAD_COLOR)
-    if image is None:
-        raise DatasetError(f"cannot decode {file}; give JPEG or PNG files")
-    return Sample(np.ascontiguousarray(image[..., ::-1]), None, file.stem, index)
+    return Sample(read_rgb(file), None, file.stem, index)

@@ -1,0 +1,57 @@
+"""Picture files to arrays: what a file holds, whatever its name.
+
+Shape shorthand: H, W image height and width in pixels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from sparserefine_ros.errors import DatasetError
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}  # PNG's colour types
+
+
+def read_rgb(file: Path, upright: bool = True) -> np.ndarray:
+    """RGB [H, W, 3] uint8 of a JPEG or PNG: as its EXIF orientation shows it, or not ``upright``, as it is stored.
+
+    Raises DatasetError for a file that cannot be read or decoded.
+    """
+    image = _decode(file, _read(file), cv2.IMREAD_COLOR | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION))
+    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
+
+
+def read_ids(file: Path) -> np.ndarray:
+    """Class ids [H, W] uint8 of a grey PNG of 8 bits; DatasetError for anything else.
+
+    Other PNGs hold no ids once they are decoded: a palette gives colours, grey of 1 bit gives 0 and 255.
+    """
+    data = _read(file)
+    ids = _decode(file, data, cv2.IMREAD_UNCHANGED)
+    bits, colour = (data[24], data[25]) if data.startswith(_PNG) else (0, 0)
+    if bits != 8 or colour != 0 or ids.ndim != 2:  # transparency makes three channels of one
+        kind = f"a PNG of {bits} bits, {_COLOURS.get(colour, 'unknown')}" if bits else "no PNG"
+        raise DatasetError(f"{file} is {kind}; save the class ids as grey PNG of 8 bits, of a palette the indices")
+    return ids
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DatasetError(f"cannot read {file}: {error.strerror}") from error
+
+
+def _decode(file: Path, data: bytes, flags: int) -> np.ndarray:
+    # Not cv2.imread: a name that is no UTF-8 ends the process with a segmentation fault there (OpenCV 5.0).
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:  # no bytes at all, or more pixels than OpenCV takes
+        image = None
+    if image is None:
+        raise DatasetError(f"cannot decode {file}; give JPEG or PNG files")
+    return np.asarray(image)
