@@ -23,6 +23,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "l": {"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48], "window_size": 12},
 }
 """Swin-T and Swin-L (Liu et al., 2021), which SparseRefine takes; the rest are transformers' defaults, 100 queries."""
+MAX_WINDOW = 32
+"""Largest side of Swin's windows: its index table, made before anybody can count it, grows with the fourth power."""
 FLOOR = 1e-10
 """A class that no query draws at a pixel has this score there, instead of 0, which has no logarithm."""
 
@@ -53,7 +55,8 @@ class Mask2Former(nn.Module):
         keep: shares of the windows that each stage of Swin computes; None all. See `token_pruning`.
 
     Raises:
-        ValueError: another size, shares that do not fit, or the package transformers is missing or too old.
+        ValueError: another size, windows above MAX_WINDOW, shares that do not fit, or the package transformers is
+            missing or too old.
     """
 
     def __init__(
@@ -75,6 +78,11 @@ class Mask2Former(nn.Module):
             ) from error
         swin = {"model_type": "swin", "out_features": [f"stage{i + 1}" for i in range(4)]}
         settings = Mask2FormerConfig(**({"backbone_config": swin | SIZES[size]} if config is None else config))
+        window = getattr(settings.backbone_config, "window_size", 1)
+        if not (isinstance(window, int) and 1 <= window <= MAX_WINDOW):
+            raise ValueError(f"window_size {window!r:.80}; expected a whole number from 1 to {MAX_WINDOW}")
+        with torch.device("meta"):  # what is filled before it is registered, limits.at_most sees here before it is made
+            Mask2FormerModel(settings)
         # Not its Mask2FormerForUniversalSegmentation, which adds the classifier, but also losses that need scipy.
         self.model: Any = Mask2FormerModel(settings)
         self.class_predictor = nn.Linear(settings.hidden_dim, num_classes + 1)
