@@ -114,6 +114,18 @@ def test_spconv_gives_what_ours_gives(tmp_path: Path) -> None:
     torch.testing.assert_close(unet(x, pyramid), theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_a_frame_without_a_selected_pixel_is_none_for_spconv(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA its refusal would end the whole benchmark; and a program that is killed says nothing."""
+    monkeypatch.setattr(spconv_peer, "installed", lambda: True)
+    result = measure(Case((32, 64), 0.0, (4, 6), blocks=1), ["torch"], 1)
+    assert result["ratios"]["spconv"] is None and result["ratios"]["gather_gemm"] == 1.0
+    assert result["missing"]["spconv"] == "takes no frame without a selected pixel"
+    case = Case((32, 64), 0.2, (4, 6), blocks=1)
+    monkeypatch.setattr(sparse.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], -9, "", ""))
+    x = case.colours(int(case.mask().sum()))
+    assert sparse.spconv_ms(case, case.unet(), case.mask(), x) == (None, "failed: exit status -9")
+
+
 def test_command_prints_saves_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.setattr(sparse, "DENSITIES", (0.1, 0.2))
     monkeypatch.setattr(sparse, "MEGAPIXELS", {0.002: (32, 64), 0.008: (64, 128)})

@@ -292,6 +292,8 @@ def spconv_ms(case: Case, unet: SparseUNet, mask: Tensor, x: Tensor) -> Peer:
         return None, "not installed"
     if case.stride != "dilate":
         return None, "has no floor strides"
+    if not len(x):
+        return None, "takes no frame without a selected pixel"
     sites = Backend().pyramid(mask, 1, case.stride).levels[0]
     if case.device.type == "cuda":
         peer = spconv_peer.SpconvUNet(unet.to(case.dtype))
@@ -308,7 +310,8 @@ def spconv_ms(case: Case, unet: SparseUNet, mask: Tensor, x: Tensor) -> Peer:
             env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:
-            return None, f"failed: {done.stderr.strip().splitlines()[-1]}"
+            said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]  # killed, it says nothing
+            return None, f"failed: {said[-1]}"
         theirs = torch.load(answer, weights_only=True)["features"]
     backend = Backend()
     with torch.inference_mode():
