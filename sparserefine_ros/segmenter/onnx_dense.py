@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -69,14 +68,8 @@ class ExportedNetwork:
         if not file.exists():
             logger.info("exporting the dense segmenter to %s", file)
             started = time.monotonic()
-            partial = file.with_suffix(f".{os.getpid()}.part")  # of processes that export at once the last one wins
-            try:
-                done = export_dense(self.load(), partial, size, fixed, self.half)
-                with partial.open("rb") as written:
-                    os.fsync(written.fileno())  # a name must not outlive a power cut that its content does not
-                partial.replace(file)
-            finally:
-                partial.unlink(missing_ok=True)
+            # Of processes that export at once the last one wins.
+            done = export_dense(self.load(), file, size, fixed, self.half)
             seconds = time.monotonic() - started
             logger.info("exported in %.0f s; differs from torch by %.1e of the largest logit", seconds, done.difference)
         return file
