@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,6 +101,16 @@ def test_segment_and_results(tmp_path: Path, tiny_bundle: Path, capsys: pytest.C
     with disk_with(100), pytest.raises(files.ResultError, match=r"cannot write .*r.json: .*; give a file"):
         files.write_text(tmp_path / "r.json", "x" * 200)
     assert (tmp_path / "r.json").read_text() == "{}"
+
+
+def test_what_is_printed(tmp_path: Path, tiny_bundle: Path) -> None:
+    """It is kept to the end, where an interpreter would complain in its own words."""
+    shutil.copytree(tiny_bundle, tmp_path / "tiny")
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "sparserefine_ros.cli", "rehash", str(tmp_path / "tiny")]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, env=buffered, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: [Errno 28] No space left on device: 'standard output'\n")
 
 
 def test_export_and_import(tmp_path: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
