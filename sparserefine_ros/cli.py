@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from sparserefine_ros import __version__
 from sparserefine_ros.errors import SparseRefineError
@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with unwinding():
-            return int(args.run(args))
+            status = int(args.run(args))
+        _flush()
+        return status
     except SparseRefineError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
@@ -65,8 +67,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: `sparserefine ... | head`
         return 0
     except OSError as error:  # a folder that cannot be written, a disk that is full
+        with suppress(OSError):
+            _flush()
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _flush() -> None:
+    """OSError where standard output takes no more; what is left is dropped, lest an ending interpreter complain too."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(error.errno, error.strerror, "standard output") from error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -186,6 +187,22 @@ def test_what_cannot_be_distilled(bundle: Bundle, tmp_path: Path, capsys: pytest
     for option, value in (("--recall", "0"), ("--scale", "1.5"), ("--epochs", "0"), ("--limit", "-1")):
         assert main([*arguments, option, value]) == 2
         assert f"{option}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", '{"dense": "ab', "[]", "\udcff"])
+def test_what_says_what_was_trained_may_be_broken(bundle: Bundle, tmp_path: Path, content: str) -> None:
+    (tmp_path / "distill.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(TrainingError, match=f"cannot read {tmp_path}/distill.json, .*or remove {tmp_path} to start"):
+        distill(bundle, SCENES, tmp_path / "new", tmp_path, CPU, STUDENT)
+    (tmp_path / "distill.json").unlink()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # a full disk
+    try:
+        with pytest.raises(OSError, match=f"'{tmp_path}/distill.json'"):
+            distill(bundle, SCENES, tmp_path / "new", tmp_path, CPU, STUDENT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not any(tmp_path.iterdir())
 
 
 def test_summary_where_low_resolution_says_what_full_does() -> None:

@@ -283,8 +283,7 @@ def fake_runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "sparserefine_ros" / "onnx"
 
 
-def write_half(network: Any, path: Path, *_: Any) -> Any:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_half(network: Any, inputs: Any, path: Path, *_: Any) -> None:
     path.write_bytes(b"who")
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -300,7 +299,7 @@ def test_a_full_disk_leaves_the_dense_segmenter_to_torch(
     monkeypatch: Any,
 ) -> None:  # fmt: skip
     """Masks are torch's, the diagnostics say why, nothing half-written stays; with room again onnxruntime runs."""
-    monkeypatch.setattr(export, "export_dense", write_half)
+    monkeypatch.setattr(export, "_write", write_half)
     bench = live(tiny_bundle, runtime="onnxruntime").start()
     bench.see(frame)
     np.testing.assert_array_equal(bench.masks[""][0], offline.segment([frame])[0].mask)

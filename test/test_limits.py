@@ -47,7 +47,7 @@ from sparserefine_ros.segmenter.bundle import construct
         (
             "mask2former",
             {"config": {"backbone_config": {"model_type": "swin", "window_size": 100}}},
-            "window_size 100; give a number from 1 to 64",
+            "window_size 100; give a number from 1 to 32",
         ),
     ],
 )

@@ -13,6 +13,8 @@ import pytest
 
 rclpy = pytest.importorskip("rclpy")
 
+from lifecycle_msgs.msg import Transition  # noqa: E402
+from lifecycle_msgs.srv import ChangeState  # noqa: E402
 from rclpy.context import Context  # noqa: E402
 from rclpy.lifecycle import TransitionCallbackReturn  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
@@ -67,6 +69,28 @@ def context(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[Context]
     rclpy.init(context=result, domain_id=free_domain_id())
     yield result
     result.try_shutdown()
+
+
+@pytest.mark.parametrize("by_hand", [(), ("configure",), ("configure", "activate"), ("shutdown",)])
+def test_start_goes_on_from_what_was_done_by_hand(context: Context, by_hand: tuple[str, ...]) -> None:
+    """~/change_state is there before main() starts the node, which such a call must not make fail."""
+    loads: list[object] = []
+
+    def load(values: object, announce: object) -> Any:
+        loads.append(values)
+        return StandIn()
+
+    node = SegmentNode(load, context=context)
+    try:
+        for label in by_hand:
+            request = ChangeState.Request(transition=Transition(label=label))
+            assert node._service_change_state.callback(request, ChangeState.Response()).success
+        node.start()
+        ended = by_hand == ("shutdown",)
+        assert node._state_machine.current_state[1] == ("finalized" if ended else "active")
+        assert len(loads) == (0 if ended else 1)
+    finally:
+        node.destroy_node()
 
 
 class Bench:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
+import os
 import sys
 import time
 import weakref
@@ -28,7 +29,7 @@ from sparserefine_ros.segmenter import dense as dense_module
 from sparserefine_ros.segmenter import export, onnx_dense
 from sparserefine_ros.segmenter.bundle import Bundle
 from sparserefine_ros.segmenter.dense import RUNTIMES
-from sparserefine_ros.segmenter.onnx_dense import ExportedNetwork, OnnxDense
+from sparserefine_ros.segmenter.onnx_dense import ExportedNetwork, OnnxDense, drop_unused
 from sparserefine_ros.segmenter.onnx_session import PROVIDERS, Progress, pick_providers
 from sparserefine_ros.segmenter.preprocess import resize
 from sparserefine_ros.segmenter.segmenter import Segmenter
@@ -90,6 +91,46 @@ def test_sessions_of_one_size_do_not_pile_up(tmp_path: Path, monkeypatch: pytest
         with torch.no_grad():
             torch.testing.assert_close(dense(images), network(images), rtol=1e-4, atol=1e-5)
         assert list(dense.sessions) == [(32, each) for each in kept]
+
+
+def test_files_of_one_size_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above; and a file that another process drops while it is about to be read is made anew."""
+    needs_onnx()
+    monkeypatch.setattr(onnx_dense, "MAX_FILES", 2)
+    dense = exported(["a"], tmp_path)
+    dense.fixed = True
+    files = {}
+    for age, width in enumerate((32, 48, 32, 64)):
+        files[width] = dense.source.file((32, width), True)
+        os.utime(files[width], (1000 + age, 1000 + age))  # as if a second lay between
+    assert set(tmp_path.iterdir()) == {files[32], files[64]}
+    os.utime(files[64], (2**31, 2**31))
+    os.utime(files[32], (2**31, 2**31))  # by a clock that has been set back since
+    assert dense.source.file((32, 48), True).exists()
+    assert len(list(tmp_path.iterdir())) == 2 and files[48].exists()
+    there = dense.source.file
+
+    def dropped(size: tuple[int, int], fixed: bool) -> Path:
+        monkeypatch.setattr(dense.source, "file", there)
+        file = there(size, fixed)
+        file.unlink()
+        return file
+
+    monkeypatch.setattr(dense.source, "file", dropped)
+    with torch.no_grad():
+        images = torch.randn(1, 3, 32, 48)
+        torch.testing.assert_close(dense(images), tiny_network()(images), rtol=1e-4, atol=1e-5)
+    assert files[48].exists() and not dense.degraded
+
+
+def test_folders_of_engines_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_dense, "MAX_FILES", 2)
+    for age, name in enumerate("abcd"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "engine").write_bytes(b"x")
+        os.utime(tmp_path / name, (1000 + age, 1000 + age))
+    drop_unused(tmp_path, "*", tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "d"]
 
 
 def test_results_are_not_overwritten_by_the_next_call(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -121,3 +122,28 @@ def test_licences_go_with_ours(dependency: str) -> None:
     if text.strip() in ("", "UNKNOWN"):  # the wheels of ROS, whose package.xml says Apache-2.0 or BSD
         pytest.skip(f"{dependency} does not say")
     assert LICENCES.search(text) and not COPYLEFT.search(text.replace("LGPL", "")), f"{dependency}: {text!r}"
+
+
+@pytest.mark.parametrize(
+    ("stand_in", "status", "said"),
+    [
+        ("echo 'No known vulnerabilities found' >&2", 0, "no known holes in 2 packages, says osv"),
+        ("echo 'numpy 1.0 CVE-1' >\"${@: -1}\"; exit 1", 1, "numpy 1.0 CVE-1"),
+        ("echo 'Traceback ...' >&2; echo 'no such host' >&2; exit 1", 3, "NOT AUDITED: osv gave no answer"),
+    ],
+)
+def test_an_audit_that_was_none_is_told_from_one(tmp_path: Path, stand_in: str, status: int, said: str) -> None:
+    """pip-audit ends alike where it finds holes and where it reaches nobody."""
+    for file, text in {
+        "scripts/audit.sh": (ROOT / "scripts" / "audit.sh").read_text(),
+        "scripts/setup.sh": "",
+        ".venv/bin/python": "#!/bin/bash\n[[ $* == *freeze* ]] && echo numpy==1.0 && echo torch==2.13.0+cpu\nexit 0\n",
+        ".venv/audit/bin/python": "#!/bin/bash\n",
+        ".venv/audit/bin/pip-audit": f"#!/bin/bash\n{stand_in}\n",
+    }.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
+        (tmp_path / file).chmod(0o755)
+    done = subprocess.run(["bash", tmp_path / "scripts" / "audit.sh", "osv"], capture_output=True, text=True)
+    assert done.returncode == status and said in done.stdout + done.stderr
+    assert ("no such host" in done.stderr) == (status == 3)

@@ -315,9 +315,7 @@ def spconv_ms(case: Case, unet: SparseUNet, mask: Tensor, x: Tensor) -> Peer:
             env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:
-            said = done.stderr.strip().splitlines() or [
-                f"exit status {done.returncode}"
-            ]  # memory's killer says nothing
+            said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]  # killed, it says nothing
             return None, f"failed: {said[-1]}"
         theirs = torch.load(answer, weights_only=True)["features"]
     backend = Backend()

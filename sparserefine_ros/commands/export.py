@@ -24,11 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from sparserefine_ros.errors import ExportError
+    from sparserefine_ros.evaluation import files
     from sparserefine_ros.segmenter.bundle import ONNX, Bundle
     from sparserefine_ros.segmenter.export import export_dense, export_pipeline, is_dynamic
     from sparserefine_ros.segmenter.segmenter import Segmenter
 
     bundle = Bundle.load(args.model)
+    files.check_folder(args.output)
     if bundle.dense.network == ONNX:
         raise ExportError(f"bundle {bundle.name!r} is an ONNX file already: {bundle.path / bundle.dense.weights}")
     segmenter = Segmenter(bundle, "cpu", sparse_backend="torch", runtime="torch")

@@ -23,9 +23,11 @@ def run(args: argparse.Namespace) -> int:
 
     from sparserefine_ros.datasets.pictures import read_rgb
     from sparserefine_ros.errors import ParameterError
+    from sparserefine_ros.evaluation import files
     from sparserefine_ros.networks.boundaries import YELLOW, draw_boundaries
     from sparserefine_ros.segmenter.bundle import Bundle
     from sparserefine_ros.segmenter.segmenter import Segmenter
+    from sparserefine_ros.whole_files import write_whole
 
     stems = [file.stem for file in args.images]
     if same := sorted({stem for stem in stems if stems.count(stem) > 1}):
@@ -36,11 +38,11 @@ def run(args: argparse.Namespace) -> int:
 
     def write(kind: str, picture: np.ndarray) -> Path:
         target = args.output / f"{file.stem}_{kind}.png"
-        target.write_bytes(cv2.imencode(".png", picture)[1].tobytes())  # imwrite would only return False
+        write_whole(target, cv2.imencode(".png", picture)[1].tobytes())
         return Path(target)
 
     segmenter = Segmenter(Bundle.load(args.model), args.device, args.precision, args.entropy_threshold)
-    args.output.mkdir(parents=True, exist_ok=True)
+    files.check_folder(args.output)
     for file in args.images:
         image = read_rgb(file)
         bgr = np.ascontiguousarray(image[..., ::-1])

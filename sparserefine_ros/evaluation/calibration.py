@@ -19,6 +19,7 @@ from sparserefine_ros.datasets.base import UNLABELLED, Sample
 from sparserefine_ros.evaluation.reliability import fit_temperature, reliability, sample_logits
 from sparserefine_ros.segmenter.bundle import Bundle
 from sparserefine_ros.segmenter.segmenter import Segmenter
+from sparserefine_ros.whole_files import whole
 
 BINS = 2000
 
@@ -96,7 +97,8 @@ def draw(curve: DensityRecall, threshold: float, title: str, file: Path) -> None
         axis.grid(alpha=0.3)
     figure.suptitle(title)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    with whole(file) as partial:
+        figure.savefig(partial, dpi=110)
 
 
 def calibrate_bundle(bundle: Bundle, samples: Sequence[Sample], recall: float, device: str = "auto") -> Bundle:

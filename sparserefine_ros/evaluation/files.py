@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from sparserefine_ros.errors import ResultError
+from sparserefine_ros.whole_files import write_whole
 
 
 def check(file: Path) -> None:
@@ -36,6 +37,6 @@ def write_text(file: Path, text: str) -> None:
     check(file)
     try:
         # names of files that are no UTF-8 (surrogates to Python) are shown as \udcff
-        file.write_text(text, "utf-8", errors="backslashreplace")
+        write_whole(file, text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise ResultError(f"cannot write {file}: {error.strerror}; give a file you may write to") from error

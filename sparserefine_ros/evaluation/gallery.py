@@ -12,11 +12,11 @@ import cv2
 import numpy as np
 
 from sparserefine_ros.datasets.classes import ClassList
-from sparserefine_ros.errors import BagError
 from sparserefine_ros.evaluation.bags import Bag
 from sparserefine_ros.evaluation.mask_spool import MaskSpool
 from sparserefine_ros.evaluation.offline import Decode
 from sparserefine_ros.evaluation.picture import Panel, draw
+from sparserefine_ros.whole_files import write_whole
 
 
 def draw_evaluation(
@@ -68,10 +68,5 @@ def save_masks(spool: MaskSpool, classes: ClassList, folder: Path) -> int:
 
 
 def _write_png(path: Path, pixels: np.ndarray) -> None:
-    content = cv2.imencode(".png", np.ascontiguousarray(pixels), [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
-    try:
-        path.write_bytes(content.tobytes())
-    except OSError as error:
-        raise BagError(
-            f"cannot write {path}: {error.strerror}; is the folder writable and the disk not full?"
-        ) from error
+    _, png = cv2.imencode(".png", np.ascontiguousarray(pixels), [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    write_whole(path, png.tobytes())

@@ -17,6 +17,7 @@ from matplotlib.patches import Patch
 
 from sparserefine_ros.datasets.base import UNLABELLED
 from sparserefine_ros.datasets.classes import ClassList
+from sparserefine_ros.whole_files import whole
 
 WRONG = (255, 40, 40)
 SELECTED = (255, 225, 0)
@@ -94,7 +95,8 @@ def draw(panels: Sequence[Panel], classes: ClassList, path: Path, title: str) ->
         left=0.005, right=0.995, top=1 - 0.55 / inches, bottom=0.4 / inches, wspace=0.02, hspace=0.3 / tile_height
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(str(path))
+    with whole(path) as partial:
+        FigureCanvasAgg(figure).print_png(str(partial))
 
 
 def _tiles(

@@ -23,7 +23,7 @@ SWIN_KEYS = (
     "hidden_act", "layer_norm_eps", "out_features",
 )  # fmt: skip
 """Of the ``backbone_config`` of a Mask2Former."""
-MAX_WINDOW = 64  # Swin makes a table of pairs of a window's tokens, its side to the power of 4, while it is built
+MAX_WINDOW = 32  # Swin makes a table of pairs of a window's tokens, its side to the power of 4, while it is built
 
 
 def check_segformer(config: Mapping[str, Any]) -> None:

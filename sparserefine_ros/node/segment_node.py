@@ -92,15 +92,19 @@ class SegmentNode(LifecycleNode):
     def start(self, spin: Callable[..., None] | None = None) -> None:
         """Configures and activates the node; raises whatever kept it from that.
 
+        ~/change_state may have been called before: the node goes on from there, and one shut down by it stays so.
+
         spin: serves parameters and the like while the model loads, an executor's `spin_once`.
         """
         self._spin = spin
         try:
-            for trigger in (self.trigger_configure, self.trigger_activate):
-                if trigger() != TransitionCallbackReturn.SUCCESS:
+            for state, trigger in (("unconfigured", self.trigger_configure), ("inactive", self.trigger_activate)):
+                if self._state == state and trigger() != TransitionCallbackReturn.SUCCESS:
                     raise self._failure or RuntimeError(f"the transition {trigger.__name__} failed")
         finally:
             self._spin = None
+        if self._state != "active":
+            self.get_logger().warning(f"autostart leaves the node {self._state}, as ~/change_state made it")
 
     def _on_change_state(self, request: Any, response: Any) -> Any:
         """Service ~/change_state, lifecycle_msgs/ChangeState. The rclpy of humble and jazzy raises for a transition

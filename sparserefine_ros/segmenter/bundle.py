@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save_file
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from sparserefine_ros.datasets.classes import ClassList
 from sparserefine_ros.errors import BundleError
 from sparserefine_ros.networks.limits import at_most, check_arguments
 from sparserefine_ros.segmenter.bundle_files import FORMAT, read_model_yaml, read_weights, write_model_yaml
+from sparserefine_ros.whole_files import write_whole
 
 ONNX = "onnx"
 """In place of a network's name: the weights are an ONNX file, which ONNX Runtime runs as it is."""
@@ -175,9 +176,9 @@ def save_network(path: Path, module: nn.Module, network: str, args: Mapping[str,
     """
     path.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    save_file({name: _halved(tensor) for name, tensor in state.items()}, path / file)
-    (path / file).chmod(0o644)  # safetensors writes files that only their owner may read
-    return NetworkSpec(network, dict(args), file, hashlib.sha256((path / file).read_bytes()).hexdigest())
+    content = save_tensors({name: _halved(tensor) for name, tensor in state.items()})
+    write_whole(path / file, content)
+    return NetworkSpec(network, dict(args), file, hashlib.sha256(content).hexdigest())
 
 
 def _halved(tensor: Tensor) -> Tensor:

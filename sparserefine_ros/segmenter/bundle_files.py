@@ -15,6 +15,7 @@ import yaml
 
 from sparserefine_ros.errors import BundleError
 from sparserefine_ros.untrusted import beside, load_yaml
+from sparserefine_ros.whole_files import write_whole
 
 FORMAT = 1
 
@@ -34,10 +35,7 @@ def read_model_yaml(file: Path) -> dict[str, Any]:
 def write_model_yaml(file: Path, data: Mapping[str, Any]) -> None:
     """Writes ``data`` with every value written out, as ``read_model_yaml`` wants it."""
     text = yaml.dump(data, Dumper=_Plain, sort_keys=False, default_flow_style=None, width=110)
-    file = file.resolve()  # of a workspace with links, the file that the link leads to
-    partial = file.with_suffix(".part")
-    partial.write_text(text)
-    partial.replace(file)
+    write_whole(file, text.encode())
 
 
 class _Plain(yaml.SafeDumper):

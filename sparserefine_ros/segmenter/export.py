@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import tempfile
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -31,6 +33,7 @@ from sparserefine_ros.networks.superpixel import SuperpixelTransformer
 from sparserefine_ros.segmenter.plain_pipeline import PipelineOutput, PlainPipeline
 from sparserefine_ros.segmenter.preprocess import resize
 from sparserefine_ros.segmenter.segmenter import Segmenter
+from sparserefine_ros.whole_files import whole
 
 OPSET = 17  # ONNX Runtime 1.14, TensorRT 8.6
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2}  # of the largest logit, by the network's number format
@@ -85,18 +88,19 @@ def export_dense(
     with torch.no_grad():
         expected = network(images)  # float32 in any case: half precision is compared with what it stands for
     axes = {0: "batch", 2: "height", 3: "width"}
-    _write(
-        HalfPrecision(network) if half else network, (images,), path, ["images"], ["logits"],
-        {} if fixed else {"images": axes, "logits": axes}, external,
-    )  # fmt: skip
-    [found] = _run(path, {"images": images.numpy()})
-    difference = float(np.abs(found - expected.numpy()).max() / expected.abs().max())
-    tolerance = TOLERANCE[torch.float16 if half else torch.float32]
-    if not difference <= tolerance:  # NaN, too
-        raise ExportError(
-            f"{path} gives logits that differ from torch's by {difference:.1e} of the largest, allowed are "
-            f"{tolerance:.0e}; do not use it, and report the versions of torch and onnxruntime"
-        )
+    with _checked(path) as partial:
+        _write(
+            HalfPrecision(network) if half else network, (images,), partial, ["images"], ["logits"],
+            {} if fixed else {"images": axes, "logits": axes}, external,
+        )  # fmt: skip
+        [found] = _run(partial, {"images": images.numpy()})
+        difference = float(np.abs(found - expected.numpy()).max() / expected.abs().max())
+        tolerance = TOLERANCE[torch.float16 if half else torch.float32]
+        if not difference <= tolerance:  # NaN, too
+            raise ExportError(
+                f"{path.name} would give logits that differ from torch's by {difference:.1e} of the largest, allowed "
+                f"are {tolerance:.0e}; it is not kept: report the versions of torch and onnxruntime"
+            )
     return Exported(path, difference)
 
 
@@ -132,21 +136,22 @@ def export_pipeline(
         expected: PipelineOutput = pipeline(image, threshold)
     native, low = {1: "height", 2: "width"}, {1: "low_height", 2: "low_width"}
     axes = {"image": native, "mask": native, "confidence": native, "entropy": low}
-    _write(
-        pipeline, (image, threshold), path, ["image", "entropy_threshold"], list(PipelineOutput._fields),
-        {} if fixed else axes, external,
-    )  # fmt: skip
     feeds = {"image": image.numpy(), "entropy_threshold": threshold.numpy()}
-    found = PipelineOutput(*(torch.from_numpy(np.asarray(array)) for array in _run(path, feeds)))
-    pixels, flips = expected.mask.numel(), int((found.mask != expected.mask).sum())
-    difference = float((found.entropy - expected.entropy).abs().max())
-    allowed = max(1, int(FLIPPED * pixels))
-    if not (flips <= allowed and difference <= TOLERANCE[torch.float32] * len(segmenter.classes)):
-        raise ExportError(
-            f"{path} gives another class than torch for {flips} of {pixels} pixels, allowed are {allowed}, and "
-            f"entropies that differ by {difference:.1e} nats; do not use it, and report the versions of torch and "
-            "onnxruntime"
-        )
+    with _checked(path) as partial:
+        _write(
+            pipeline, (image, threshold), partial, list(feeds), list(PipelineOutput._fields), {} if fixed else axes,
+            external,
+        )  # fmt: skip
+        found = PipelineOutput(*(torch.from_numpy(np.asarray(array)) for array in _run(partial, feeds)))
+        pixels, flips = expected.mask.numel(), int((found.mask != expected.mask).sum())
+        difference = float((found.entropy - expected.entropy).abs().max())
+        allowed = max(1, int(FLIPPED * pixels))
+        if not (flips <= allowed and difference <= TOLERANCE[torch.float32] * len(segmenter.classes)):
+            raise ExportError(
+                f"{path.name} would give another class than torch for {flips} of {pixels} pixels, allowed are "
+                f"{allowed}, and entropies that differ by {difference:.1e} nats; it is not kept: report the versions "
+                "of torch and onnxruntime"
+            )
     return Exported(path, difference, flips / pixels)
 
 
@@ -158,11 +163,27 @@ def require(package: str, install: str) -> ModuleType:
         raise ExportError(f"export needs the package {package}: pip install {install} ({error})") from error
 
 
+@contextlib.contextmanager
+def _checked(path: Path) -> Iterator[Path]:
+    """Gives a file of that name in a folder of its own; with its weights it goes to ``path`` when the block ends well.
+
+    Its weights beside it are found by their own name, so another name would not do.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.stem[:100]}-", dir=path.parent) as folder:
+        try:
+            yield Path(folder) / path.name
+        except OSError as error:  # of a full disk the exporter does not say where
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        for file in sorted(Path(folder).iterdir(), reverse=True):  # the weights first
+            with whole(path.parent / file.name) as partial:
+                file.replace(partial)
+
+
 def _write(
     module: nn.Module, inputs: tuple[Tensor, ...], path: Path, names: list[str], outputs: list[str],
     axes: dict[str, dict[int, str]], external: bool,
 ) -> None:  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
     onnx: Any = require("onnx", "onnx")
     # torch 2.4 has one exporter and no such choice
     choice: dict[str, Any] = {"dynamo": False} if "dynamo" in signature(torch.onnx.export).parameters else {}
@@ -179,7 +200,6 @@ def _write(
             raise ExportError(f"torch {torch.__version__} cannot export {type(module).__name__}: {first}") from error
     if external:
         data = path.with_name(path.name + ".data")
-        data.unlink(missing_ok=True)  # onnx appends
         onnx.save_model(onnx.load(path), path, save_as_external_data=True, location=data.name, size_threshold=1024)
         data.chmod(0o644)  # onnx writes a file that only its owner may read
 
@@ -192,7 +212,7 @@ def _run(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         arrays: list[np.ndarray] = session.run(None, feeds)
     except Exception as error:  # its exceptions share no base of their own
-        raise ExportError(f"onnxruntime {runtime.__version__} cannot run {path}: {error}") from error
+        raise ExportError(f"onnxruntime {runtime.__version__} cannot run {path.name}: {error}") from error
     return arrays
 
 

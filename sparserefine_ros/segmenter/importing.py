@@ -28,6 +28,7 @@ from sparserefine_ros.segmenter.licences import find_licence, write_import_card
 from sparserefine_ros.segmenter.mmseg_names import ARCHITECTURES, BLOCKS, OFFSET_PREFIX, Architecture, Renames
 from sparserefine_ros.segmenter.preprocess import low_resolution_size
 from sparserefine_ros.untrusted import load_yaml
+from sparserefine_ros.whole_files import write_whole
 
 REPORT = "import.txt"
 """The report's name in the bundle."""
@@ -103,9 +104,9 @@ def import_checkpoint(
         bundle, rows = _import_weights(file, network, bundle, renames)
         report = [str(row) for row in rows]
     bundle.provenance["licence"] = licence
-    bundle.save()
-    (folder / REPORT).write_text("".join(f"{line}\n" for line in report))
+    write_whole(folder / REPORT, "".join(f"{line}\n" for line in report).encode())
     write_import_card(bundle, REPORT)
+    bundle.save()  # last: without its model.yaml the folder is no bundle, and the same command may be given again
     return bundle
 
 

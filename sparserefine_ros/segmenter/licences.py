@@ -7,6 +7,7 @@ from typing import Any
 
 from sparserefine_ros.segmenter.bundle import Bundle
 from sparserefine_ros.untrusted import MAX_TEXT, parse_yaml
+from sparserefine_ros.whole_files import write_whole
 
 NAMES = ("license", "licence", "copying")  # of files, in small letters, without what stands behind a dot
 UNKNOWN = "none found with the checkpoint: ask those who published it before you use it"
@@ -45,10 +46,11 @@ def write_import_card(bundle: Bundle, report: str) -> None:
     if "revision" in source:
         rows["revision"] = source["revision"]
     table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
-    (bundle.path / "README.md").write_text(
+    card = (
         f"# {bundle.name}\n\n| | |\n|---|---|\n{table}\n\nWhere each weight went: `{report}`.\n\n"
         "<!-- table: start -->\n<!-- table: end -->\n"
     )
+    write_whole(bundle.path / "README.md", card.encode())
 
 
 def _front_matter(file: Path) -> dict[str, Any]:

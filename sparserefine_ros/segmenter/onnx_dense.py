@@ -12,9 +12,10 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -32,6 +33,7 @@ from sparserefine_ros.segmenter.onnx_session import Progress, onnxruntime, open_
 NUMPY = {torch.float32: np.float32, torch.float16: np.float16}
 FORMAT = 1  # of the files kept; another number exports anew
 MAX_SESSIONS = 8  # where each serves one size: cameras that change theirs must not fill the memory
+MAX_FILES = 32  # exported, of all networks and sizes, and as many engines: nor the disk
 
 logger = logging.getLogger("sparserefine_ros")
 
@@ -66,17 +68,14 @@ class ExportedNetwork:
         what = [FORMAT, self.identity, self.half, size if fixed else None]
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         file = self.folder / f"dense-{key[:24]}.onnx"
-        if not file.exists():
+        if file.exists():
+            _touch(file)
+        else:
             logger.info("exporting the dense segmenter to %s", file)
             started = time.monotonic()
-            partial = file.with_suffix(f".{os.getpid()}.part")  # of processes that export at once the last one wins
-            try:
-                done = export_dense(self.load(), partial, size, fixed, self.half)
-                with partial.open("rb") as written:
-                    os.fsync(written.fileno())  # a name must not outlive a power cut that its content does not
-                partial.replace(file)
-            finally:
-                partial.unlink(missing_ok=True)
+            # Of processes that export at once the last one wins.
+            done = export_dense(self.load(), file, size, fixed, self.half)
+            drop_unused(self.folder, "dense-*.onnx", file)
             seconds = time.monotonic() - started
             logger.info("exported in %.0f s; differs from torch by %.1e of the largest logit", seconds, done.difference)
         return file
@@ -170,7 +169,7 @@ class OnnxDense(nn.Module):
         file = self.source.file(size, self.fixed)
         try:
             return self._open(file, size)
-        except BundleError as error:
+        except (BundleError, FileNotFoundError) as error:  # the latter where another process dropped it just now
             if not isinstance(self.source, ExportedNetwork):
                 raise
             logger.warning("%s cannot be used and is made anew: %s", file, error)
@@ -219,6 +218,8 @@ class OnnxDense(nn.Module):
             # It knows an engine by the names in its graph alone: a network trained anew would run with its old weights.
             engines = engines / hashlib.sha256(file.read_bytes()).hexdigest()[:24]
             engines.mkdir(parents=True, exist_ok=True)
+            _touch(engines)
+            drop_unused(self.engines, "*", engines)
         what = f"TensorRT builds an engine of {file.name} for {size[0]}x{size[1]}, or reads it from {engines}"
         with self.progress(what) if builds else nullcontext():
             session = open_session(
@@ -234,6 +235,30 @@ class OnnxDense(nn.Module):
             if builds:  # the first run builds what opening did not
                 session.run(None, {self.source.input: np.zeros((1, 3, *size), NUMPY[self.source.dtype])})
         return session
+
+
+def drop_unused(folder: Path, pattern: str, kept: Path) -> None:
+    """Removes what has not been used for longest of ``pattern`` in ``folder``, all but MAX_FILES; never ``kept``.
+
+    Other processes may use and remove there at the same time. Where a clock was set back, order is lost, no more.
+    """
+    used = []
+    for path in folder.glob(pattern):
+        with suppress(OSError):
+            used.append((path != kept, -path.stat().st_mtime_ns, path))
+    for *_, path in sorted(used)[MAX_FILES:]:
+        logger.info("removing %s, which has not been used for longest", path)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _touch(path: Path) -> None:
+    """Used now; on a read-only disk it stays as old as it is."""
+    with suppress(OSError):
+        os.utime(path)
 
 
 def onnx_folder() -> Path:

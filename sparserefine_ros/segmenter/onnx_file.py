@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from sparserefine_ros.errors import BundleError
+from sparserefine_ros.whole_files import write_whole
 
 TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")  # of operators that ONNX Runtime brings
@@ -82,7 +83,7 @@ def inspect(file: Path, num_classes: int, size: tuple[int, int]) -> OnnxFile:
 def save(found: OnnxFile, path: Path) -> None:
     """Writes it as one file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(found.model.SerializeToString())
+    write_whole(path, found.model.SerializeToString())
 
 
 def _images(file: Path, session: Any, size: tuple[int, int]) -> np.ndarray:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from sparserefine_ros import __version__
@@ -31,6 +30,7 @@ from sparserefine_ros.training.pointrend import PointRendTask
 from sparserefine_ros.training.pretrained import start_encoder
 from sparserefine_ros.training.recipe import STAGES, Recipe, StageRecipe
 from sparserefine_ros.training.refiner import RefinerTask
+from sparserefine_ros.whole_files import whole
 
 TASKS: dict[str, type[RefinerTask]] = {"sparserefine": RefinerTask, "pointrend": PointRendTask}
 """How each refiner that has something to learn is trained."""
@@ -81,7 +81,8 @@ def copy_dense(bundle: Bundle, folder: Path) -> Bundle:
     folder.mkdir(parents=True, exist_ok=True)
     for spec in (bundle.dense, bundle.native):
         if spec:
-            shutil.copyfile(bundle.path / spec.weights, folder / spec.weights)
+            with whole(folder / spec.weights) as partial:
+                shutil.copyfile(bundle.path / spec.weights, partial)
     kept = {key: value for key, value in bundle.provenance.items() if key not in ("refiner", "ensembler")}
     return replace(bundle, path=folder, name=folder.name, refiner=None, provenance=kept)
 
@@ -160,10 +161,10 @@ def _save(folder: Path, module: nn.Module, stage: StageRecipe, file: str) -> Net
     """As ``save_network``; TrainingError where the file cannot be written, as on a full disk."""
     try:
         return save_network(folder, module, stage.network, stage.args, file)
-    except SafetensorError as error:
+    except OSError as error:
         raise TrainingError(
-            f"cannot write {folder / file}: {error}; make room for it and give the same command again: its training is "
-            "done"
+            f"cannot write {folder / file}: {error.strerror}; make room for it and give the same command again: its "
+            "training is done"
         ) from error
 
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sparserefine_ros.whole_files import whole
+
 
 def draw_curves(log: Path, file: Path) -> None:
     """Draws loss and validation figures of ``log`` (one JSON object an epoch) into ``file`` (PNG)."""
@@ -24,4 +26,5 @@ def draw_curves(log: Path, file: Path) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.suptitle(log.stem)
-    figure.savefig(file, dpi=110)
+    with whole(file) as partial:
+        figure.savefig(partial, dpi=110)

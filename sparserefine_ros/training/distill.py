@@ -40,6 +40,8 @@ from sparserefine_ros.training.frames import split_blocks
 from sparserefine_ros.training.loop import train
 from sparserefine_ros.training.recipe import StageRecipe
 from sparserefine_ros.training.refiner import RefinerTask
+from sparserefine_ros.untrusted import read_text
+from sparserefine_ros.whole_files import write_whole
 
 MIN_FRAMES = 5  # one held out, four to train on
 CALIBRATION_FRAMES = 100
@@ -207,11 +209,27 @@ def _claim(runs: Path, bundle: Bundle, frames: Sequence[Sample], recall: float, 
         "seed": seed, "frames": len(frames), "first": frames[0].name, "last": frames[-1].name,
     }  # fmt: skip
     file = runs / "distill.json"
-    if file.exists() and (there := json.loads(file.read_text())) != here:
-        key = next(k for k in here if there.get(k) != here[k])
+    there = _claimed(file) if file.exists() else here
+    if there != here:
+        key = next(k for k in {**here, **there} if there.get(k) != here.get(k))
         raise TrainingError(
-            f"{runs} holds a run with {key} {there.get(key)}, here it is {here[key]}; give another --output, "
+            f"{runs} holds a run with {key} {there.get(key)}, here it is {here.get(key)}; give another --output, "
             f"or remove {runs} to start anew"
         )
     runs.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(here) + "\n")
+    write_whole(file, (json.dumps(here) + "\n").encode())
+
+
+def _claimed(file: Path) -> dict[str, Any]:
+    """What `_claim` wrote; TrainingError where that cannot be told any more."""
+    try:
+        there = json.loads(read_text(file))
+        if isinstance(there, dict):
+            return there
+        what = f"it holds a {type(there).__name__}"
+    except (OSError, ValueError, RecursionError) as error:
+        what = str(error)
+    raise TrainingError(
+        f"cannot read {file}, which says what was trained there: {what}; give another --output, or remove "
+        f"{file.parent} to start anew"
+    )

@@ -26,6 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparserefine_ros.errors import TrainingError
 from sparserefine_ros.training.recipe import StageRecipe
+from sparserefine_ros.whole_files import whole, write_whole
 
 Batch = tuple[Tensor, ...]
 SAVE_EVERY = 60.0  # seconds between checkpoints
@@ -115,7 +116,7 @@ def train(
                 state.save(step)
                 saved = time.monotonic()
     log = "".join(json.dumps(entry) + "\n" for entry in state.history)
-    (folder / f"{name}.jsonl").write_text(log)
+    write_whole(folder / f"{name}.jsonl", log.encode())
     result: nn.Module = average.module.eval()
     return result
 
@@ -199,16 +200,11 @@ class _State:
             "running": self.running, "module": self.module.state_dict(), "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
-        partial = self.path.with_suffix(".partial")
         try:
-            with partial.open("wb") as file:
+            with whole(self.path) as partial, partial.open("wb") as file:
                 torch.save(data, file)
-                file.flush()
-                os.fsync(file.fileno())  # on the disk before it has its name
-            partial.replace(self.path)  # a cut while writing leaves the previous checkpoint
             self.step = step
         except (OSError, RuntimeError) as error:  # the latter is what torch makes of a full disk
-            partial.unlink(missing_ok=True)
             raise TrainingError(
                 f"cannot write the checkpoint {self.path}: {error}; make room for it and give the same command again, "
                 "which goes on from the one before"

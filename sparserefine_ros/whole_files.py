@@ -1,0 +1,55 @@
+"""A file is there whole or not at all: a crash, a full disk or Ctrl-C leaves what was there before."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """Gives a name beside ``file`` to write to; what is written there becomes ``file`` when the block ends well.
+
+    Where ``file`` is a link, what it leads to is replaced. Devices, pipes, and files whose folder takes no others are
+    written in place. An OSError names ``file``.
+    """
+    partial = _partial(file)
+    try:
+        if file.exists() and not os.access(file, os.W_OK):  # a rename would not ask
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        yield partial or file
+        if partial:
+            target = Path(os.path.realpath(file))
+            if target.exists():
+                partial.chmod(stat.S_IMODE(target.stat().st_mode))
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())  # a name must not outlive a power cut that its content does not
+            partial.replace(target)
+    except OSError as error:
+        if error.filename not in (None, str(partial)):  # of a file that was read
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(file)) from error
+    finally:
+        if partial:
+            partial.unlink(missing_ok=True)
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """``content`` into ``file``, as `whole` does."""
+    with whole(file) as partial:
+        partial.write_bytes(content)
+
+
+def _partial(file: Path) -> Path | None:
+    """A name in the folder of ``file``, of this process and with its ending; None where it is written in place."""
+    folder = os.path.realpath(file.parent)
+    if folder == "/dev" or folder.startswith("/proc/"):  # /dev/stdout may lead to a file that somebody else has open
+        return None
+    target = Path(os.path.realpath(file))
+    if target.exists() and not (target.is_file() and os.access(target.parent, os.W_OK | os.X_OK)):
+        return None
+    return target.with_name(f".{target.stem[:100]}.{os.getpid()}.part{target.suffix}")
