@@ -61,7 +61,7 @@ def launch(log: Path, domain: int, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 def test_a_real_start(tiny_bundle: Path, tmp_path: Path) -> None:
-    """Arguments win over params_file, params_file over defaults; the profile is set; SIGINT ends all cleanly."""
+    """Arguments win over params_file, that over defaults; profile and huge pages are set; SIGINT ends all cleanly."""
     pytest.importorskip("launch_ros")
     pytest.importorskip("rclpy")
     from ros_client import TIMEOUT_S, Client, double, isolated, text
@@ -86,6 +86,8 @@ def test_a_real_start(tiny_bundle: Path, tmp_path: Path) -> None:
             assert client.get("queue") == text("newest")
             assert client.get("model") == text(str(tiny_bundle))
             assert client.get("use_sim_time").bool_value is False
+            (child,) = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+            assert b"glibc.malloc.hugetlb=1" in Path(f"/proc/{child}/environ").read_bytes()
         finally:
             started.send_signal(signal.SIGINT)
             code = started.wait(TIMEOUT_S)
