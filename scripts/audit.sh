@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Asks PyPI's advisory service, or OSV's, for known holes in what .venv holds. Needs the internet, so it is for a nightly
-# job; --strict, because pip-audit passes over a package that it cannot look up and still ends with "none found".
+# Asks PyPI's advisory service, or OSV's, for known holes in what .venv holds. Needs the internet; --strict, because
+# pip-audit passes over a package that it cannot look up and still ends with "none found".
 # Ends with status 1 where there are holes, and with 3, saying so, where the service could not be asked.
 #   scripts/audit.sh             scripts/audit.sh osv
 set -euo pipefail
