@@ -125,6 +125,9 @@ def test_class_list_is_in_the_metadata(tmp_path: Path) -> None:
     odd = ClassList("three", ("a", "b", "c"), ((1, 2, 3), (4, 5, 6), (7, 8, 9)))
     with Bag(write(tmp_path / "bag", classes=odd)) as bag:
         assert bag.classes == odd
+    impossible = ClassList("bright", ("a",), ((0, 0, 300),))
+    with pytest.raises(BagError, match=r"cannot read the bag .*: colour \[0, 0, 300\]; expected"):
+        Bag(write(tmp_path / "other", classes=impossible))
 
 
 def test_class_list_of_a_lone_mcap_comes_from_label_info(tmp_path: Path) -> None:

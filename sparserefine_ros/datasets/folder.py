@@ -82,13 +82,6 @@ class Folder:
 def read_classes(file: Path) -> ClassList:
     """The class list that a YAML file gives as name, names and palette; DatasetError where it does not."""
     try:
-        data = load_yaml(file)
-        names = data["names"]
-        if not (isinstance(names, list) and 1 <= len(names) <= UNLABELLED):
-            raise ValueError(f"{len(names)} names; expected a list of 1 to {UNLABELLED}")
-        palette = tuple((int(r), int(g), int(b)) for r, g, b in data["palette"])
-        if wrong := [colour for colour in palette if not all(0 <= value <= 255 for value in colour)]:
-            raise ValueError(f"colour {list(wrong[0])}; expected red, green, blue, each 0 to 255")
-        return ClassList(str(data["name"]), tuple(str(n) for n in names), palette)
-    except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:
+        return ClassList.from_data(load_yaml(file))
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise DatasetError(f"cannot use {file}: {error!r}; it must give name, names and palette") from error
