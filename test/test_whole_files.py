@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from sparserefine_ros.cli import main
+from sparserefine_ros.commands.bench import write_card
 from sparserefine_ros.evaluation import files
 from sparserefine_ros.segmenter.bundle import Bundle
 from sparserefine_ros.whole_files import whole, write_whole
@@ -95,12 +96,16 @@ def test_segment_and_results(tmp_path: Path, tiny_bundle: Path, capsys: pytest.C
     assert files_in(tmp_path / "masks") == {}
     assert main([*words, "/dev/full"]) == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert first.endswith(f"'{tmp_path / 'masks' / 'p_mask.png'}'")
+    assert first.startswith(f"error: cannot write {tmp_path / 'masks' / 'p_mask.png'}: File too large; make room")
     assert second == "error: cannot make the folder /dev/full: File exists; give another"
     files.write_text(tmp_path / "r.json", "{}")
-    with disk_with(100), pytest.raises(files.ResultError, match=r"cannot write .*r.json: .*; give a file"):
+    with disk_with(100), pytest.raises(files.ResultError, match=r"cannot write .*r.json: .*; make room"):
         files.write_text(tmp_path / "r.json", "x" * 200)
-    assert (tmp_path / "r.json").read_text() == "{}"
+    write_card(tmp_path / "README.md", "| a |")
+    card = (tmp_path / "README.md").read_bytes()
+    with disk_with(100), pytest.raises(files.ResultError, match="cannot write .*README.md"):
+        write_card(tmp_path / "README.md", "x" * 200)
+    assert (tmp_path / "r.json").read_text() == "{}" and (tmp_path / "README.md").read_bytes() == card
 
 
 def test_what_is_printed(tmp_path: Path, tiny_bundle: Path) -> None:

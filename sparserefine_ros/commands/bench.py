@@ -359,8 +359,10 @@ def _finish(result: dict[str, Any], table: str, args: argparse.Namespace) -> int
 
 def write_card(card: Path, table: str) -> None:
     """Replaces what stands between the table marks of a model card."""
+    from sparserefine_ros.evaluation import files
+
     head, tail = _card_parts(card)
-    card.write_text(f"{head}\n{table}\n{tail}")
+    files.write_text(card, f"{head}\n{table}\n{tail}")
 
 
 def _card_parts(card: Path) -> tuple[str, str]:

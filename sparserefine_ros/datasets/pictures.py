@@ -1,4 +1,4 @@
-"""Picture files to arrays: what a file holds, whatever its name.
+"""Picture files to arrays, what a file holds, whatever its name; and arrays to PNG.
 
 Shape shorthand: H, W image height and width in pixels.
 """
@@ -37,6 +37,13 @@ def read_ids(file: Path) -> np.ndarray:
         kind = f"a PNG of {bits} bits, {_COLOURS.get(colour, 'unknown')}" if bits else "no PNG"
         raise DatasetError(f"{file} is {kind}; save the class ids as grey PNG of 8 bits, of a palette the indices")
     return ids
+
+
+def encode_png(picture: np.ndarray) -> bytes:
+    """A PNG of RGB [H, W, 3] or grey [H, W], uint8."""
+    if picture.ndim == 3:
+        picture = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".png", picture, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
 
 
 def _read(file: Path) -> bytes:
