@@ -49,6 +49,10 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         assert partial.parent == tmp_path and partial.suffix == ".bin"
         raise KeyboardInterrupt
     assert files_in(tmp_path) == {"a.bin": b"before"}
+    with whole(file) as one, whole(file) as other:  # by two threads, or in two containers that share a folder
+        one.write_bytes(b"the last one wins")
+        other.write_bytes(b"early")
+    assert files_in(tmp_path) == {"a.bin": b"the last one wins"}
     with pytest.raises(FileNotFoundError, match="nowhere"), whole(file):  # of another file: it is the one named
         (tmp_path / "nowhere").read_bytes()
     write_whole(file, b"after")

@@ -15,7 +15,7 @@ import numpy as np
 
 from sparserefine_ros.datasets.base import UNLABELLED, Sample
 from sparserefine_ros.datasets.classes import ClassList
-from sparserefine_ros.datasets.pictures import read_ids, read_rgb
+from sparserefine_ros.datasets.pictures import read_ids, read_rgb, turned_from
 from sparserefine_ros.errors import DatasetError
 from sparserefine_ros.untrusted import load_yaml
 
@@ -59,8 +59,7 @@ class Folder:
         if file is None:
             return None
         label = read_ids(file)
-        stored = read_rgb(picture, upright=False)
-        if label.shape == stored.shape[:2] and not np.array_equal(stored, image):
+        if label.shape == turned_from(picture):
             raise DatasetError(
                 f"{picture} is turned by its EXIF orientation, and {file} fits the pixels as they are stored: nothing "
                 "says that it is turned, too; save picture and label upright, without that orientation"

@@ -16,13 +16,22 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}  # PNG's colour types
 
 
-def read_rgb(file: Path, upright: bool = True) -> np.ndarray:
-    """RGB [H, W, 3] uint8 of a JPEG or PNG: as its EXIF orientation shows it, or not ``upright``, as it is stored.
+def read_rgb(file: Path) -> np.ndarray:
+    """RGB [H, W, 3] uint8 of a JPEG or PNG, turned as its EXIF orientation says.
 
     Raises DatasetError for a file that cannot be read or decoded.
     """
-    image = _decode(file, _read(file), cv2.IMREAD_COLOR | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION))
-    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
+    return cv2.cvtColor(_decode(file, _read(file), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+
+
+def turned_from(file: Path) -> tuple[int, int] | None:
+    """(H, W) as stored of a picture that its EXIF orientation turns; None for others. Raises as `read_rgb`."""
+    data = _read(file)
+    if b"Exif" not in data and b"eXIf" not in data:  # to decode a picture twice takes twice as long
+        return None
+    stored = _decode(file, data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    upright = _decode(file, data, cv2.IMREAD_COLOR)
+    return None if np.array_equal(stored, upright) else (stored.shape[0], stored.shape[1])
 
 
 def read_ids(file: Path) -> np.ndarray:
