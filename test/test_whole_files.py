@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from conftest import disk_with
 
 from sparserefine_ros.cli import main
 from sparserefine_ros.commands.bench import write_card
 from sparserefine_ros.evaluation import files
 from sparserefine_ros.segmenter.bundle import Bundle
 from sparserefine_ros.whole_files import whole, write_whole
-
-
-@contextmanager
-def disk_with(size: int) -> Iterator[None]:
-    """Stands for a disk that is almost full: no file may grow beyond so many bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
