@@ -205,7 +205,8 @@ def run_pruning(args: argparse.Namespace) -> int:
 
 
 def run_sparse(args: argparse.Namespace) -> int:
-    from sparserefine_ros.benchmarks.sparse import Case, measure, sweep
+    from sparserefine_ros.benchmarks.sparse import measure, sweep
+    from sparserefine_ros.benchmarks.sparse_case import Case
     from sparserefine_ros.benchmarks.sparse_report import draw, markdown
     from sparserefine_ros.errors import ParameterError
     from sparserefine_ros.evaluation.compare import save_json
