@@ -333,7 +333,7 @@ def test_weights_that_cannot_be_split(shape: tuple[int, ...]) -> None:
         (CAMVID, (100_000, 100_000), 1.0, "native_size 100000 x 100000; expected"),
         (CAMVID, SIZE, 1.5, "scale 1.5; expected"),
         (ClassList("one", ("road",), ((0, 0, 0),)), SIZE, 1.0, "1 class; expected 2"),
-        (ClassList("many", ("x",) * 256, ((0, 0, 0),) * 256), SIZE, 1.0, "256 classes; expected a list of 1 to 255"),
+        (ClassList("many", ("x",) * 256, ((0, 0, 0),) * 256), SIZE, 1.0, "256 classes; expected 1 to 255"),
         (ClassList("bright", ("x", "y"), ((0, 0, 300),) * 2), SIZE, 1.0, "colour .*300.; expected"),
     ],
 )

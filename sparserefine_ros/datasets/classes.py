@@ -31,10 +31,11 @@ class ClassList:
         Raises KeyError, TypeError or ValueError where it is no class list.
         """
         names, palette = data["names"], data["palette"]
-        if not (isinstance(names, list) and 1 <= len(names) <= MAX_CLASSES):  # before a look at any of them
-            raise ValueError(f"{len(names)} classes; expected a list of 1 to {MAX_CLASSES} names")
-        if not isinstance(palette, list):
-            raise ValueError(f"palette {palette!r:.80}; expected a list of colours")
+        for key, given in (("names", names), ("palette", palette)):
+            if not isinstance(given, list):
+                raise ValueError(f"{key} {given!r:.80}; expected a list")
+        if not 1 <= len(names) <= MAX_CLASSES:
+            raise ValueError(f"{len(names)} classes; expected 1 to {MAX_CLASSES}")
         if wrong := [colour for colour in palette if not _is_colour(colour)]:
             raise ValueError(f"colour {wrong[0]!r:.80}; expected [red, green, blue], each 0 to 255")
         return cls(str(data["name"]), tuple(str(n) for n in names), tuple((r, g, b) for r, g, b in palette))

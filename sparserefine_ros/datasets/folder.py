@@ -15,7 +15,7 @@ import numpy as np
 
 from sparserefine_ros.datasets.base import UNLABELLED, Sample
 from sparserefine_ros.datasets.classes import ClassList
-from sparserefine_ros.datasets.pictures import read_ids, read_rgb, turned_from
+from sparserefine_ros.datasets.pictures import check_size, read_ids, read_rgb, turned_from
 from sparserefine_ros.errors import DatasetError
 from sparserefine_ros.untrusted import load_yaml
 
@@ -64,11 +64,7 @@ class Folder:
                 f"{picture} is turned by its EXIF orientation, and {file} fits the pixels as they are stored: nothing "
                 "says that it is turned, too; save picture and label upright, without that orientation"
             )
-        if label.shape != image.shape[:2]:
-            raise DatasetError(
-                f"{file} is {label.shape[1]}x{label.shape[0]}, its frame {image.shape[1]}x{image.shape[0]}; resize the "
-                "labels by nearest neighbour, or take the frames that belong to them"
-            )
+        check_size(file, label, image)
         known = label[label != UNLABELLED]
         if known.size and known.max() >= len(self.classes):
             raise DatasetError(

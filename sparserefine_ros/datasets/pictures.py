@@ -48,6 +48,15 @@ def read_ids(file: Path) -> np.ndarray:
     return ids
 
 
+def check_size(file: Path, label: np.ndarray, image: np.ndarray) -> None:
+    """DatasetError where ``label``, read from ``file``, is of another size than its ``image``."""
+    if label.shape != image.shape[:2]:
+        raise DatasetError(
+            f"{file} is {label.shape[1]}x{label.shape[0]}, its frame {image.shape[1]}x{image.shape[0]}; resize the "
+            "labels by nearest neighbour, or take the frames that belong to them"
+        )
+
+
 def encode_png(picture: np.ndarray) -> bytes:
     """A PNG of RGB [H, W, 3] or grey [H, W], uint8."""
     if picture.ndim == 3:
