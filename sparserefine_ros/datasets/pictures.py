@@ -12,6 +12,7 @@ import numpy as np
 
 from sparserefine_ros.errors import DatasetError
 
+_JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}  # PNG's colour types
 
@@ -27,8 +28,8 @@ def read_rgb(file: Path) -> np.ndarray:
 def turned_from(file: Path) -> tuple[int, int] | None:
     """(H, W) as stored of a picture that its EXIF orientation turns; None for others. Raises as `read_rgb`."""
     data = _read(file)
-    if b"Exif" not in data and b"eXIf" not in data:  # to decode a picture twice takes twice as long
-        return None
+    if data.startswith((_JPEG, _PNG)) and b"Exif" not in data and b"eXIf" not in data:
+        return None  # most, without being decoded once more
     stored = _decode(file, data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     upright = _decode(file, data, cv2.IMREAD_COLOR)
     return None if np.array_equal(stored, upright) else (stored.shape[0], stored.shape[1])

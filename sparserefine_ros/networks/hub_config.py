@@ -34,7 +34,7 @@ def check_segformer(config: Mapping[str, Any]) -> None:
 
 
 def check_mask2former(config: Mapping[str, Any]) -> None:
-    """ValueError where ``config`` is no mapping, has keys that are not listed above, or a backbone other than Swin."""
+    """ValueError where ``config`` is no mapping, has other keys, another backbone than Swin or too large windows."""
     _check_keys("config", config, (*MASK2FORMER_KEYS, "backbone_config"))
     if "backbone_config" in config:
         backbone = config["backbone_config"]
