@@ -63,12 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f"interrupted{f': {error}' if error.args else ''}", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: `sparserefine ... | head`
-        return 0
     except OSError as error:  # a folder that cannot be written, a disk that is full
         with suppress(OSError):
             _flush()
+        if isinstance(error, BrokenPipeError):  # the reader left: `sparserefine ... | head`
+            return 0
         print(f"error: {error}", file=sys.stderr)
         return 2
 

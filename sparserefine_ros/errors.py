@@ -36,4 +36,4 @@ class TrainingError(SparseRefineError):
 
 
 class ResultError(SparseRefineError):
-    """A file with the results of an evaluation cannot be read, or cannot be compared with another."""
+    """A file with results cannot be written or read, or cannot be compared with another."""

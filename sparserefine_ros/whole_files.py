@@ -45,11 +45,11 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 def _partial(file: Path) -> Path | None:
-    """A name in the folder of ``file``, of this process and with its ending; None where it is written in place."""
+    """A name in the folder of ``file`` that nobody else has, with its ending; None where it is written in place."""
     folder = os.path.realpath(file.parent)
     if folder == "/dev" or folder.startswith("/proc/"):  # /dev/stdout may lead to a file that somebody else has open
         return None
     target = Path(os.path.realpath(file))
     if target.exists() and not (target.is_file() and os.access(target.parent, os.W_OK | os.X_OK)):
         return None
-    return target.with_name(f".{target.stem[:100]}.{os.getpid()}.part{target.suffix}")
+    return target.with_name(f".{target.stem[:100]}.{os.urandom(4).hex()}.part{target.suffix}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,17 @@ from sparserefine_ros.networks.registry import DENSE, build
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
 
 torch.set_num_threads(1)
+
+
+@contextmanager
+def disk_with(size: int) -> Iterator[None]:
+    """Stands for a disk that is almost full: no file may grow beyond so many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def write_tiny_bundle(path: Path, seed: int = 0) -> Path:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import resource
 import sqlite3
 import struct
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from conftest import disk_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rosbags.interfaces import QosDurability
@@ -125,6 +124,9 @@ def test_class_list_is_in_the_metadata(tmp_path: Path) -> None:
     odd = ClassList("three", ("a", "b", "c"), ((1, 2, 3), (4, 5, 6), (7, 8, 9)))
     with Bag(write(tmp_path / "bag", classes=odd)) as bag:
         assert bag.classes == odd
+    impossible = ClassList("bright", ("a",), ((0, 0, 300),))
+    with pytest.raises(BagError, match=r"cannot read the bag .*: colour \[0, 0, 300\]; expected"):
+        Bag(write(tmp_path / "other", classes=impossible))
 
 
 def test_class_list_of_a_lone_mcap_comes_from_label_info(tmp_path: Path) -> None:
@@ -341,22 +343,11 @@ def test_failed_recording_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "bag").exists()
 
 
-@contextmanager
-def full_disk(bytes_left: int) -> Iterator[None]:
-    """Files that end where a disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
 def test_a_full_disk_leaves_no_half_bag(tmp_path: Path, storage: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     with (
-        full_disk(100_000),
+        disk_with(100_000),
         pytest.raises(BagError, match="cannot write to the bag .*disk full"),
         BagWriter(tmp_path / "bag", CAMVID, storage) as writer,
     ):
@@ -367,7 +358,7 @@ def test_a_full_disk_leaves_no_half_bag(tmp_path: Path, storage: str) -> None:
 
 def test_a_full_disk_ends_the_masks_with_a_remedy() -> None:
     with (
-        full_disk(100_000),
+        disk_with(100_000),
         pytest.raises(BagError, match=r"cannot keep the masks in .* of them.*TMPDIR"),
         MaskSpool() as s,
     ):

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from sparserefine_ros import cli
-from sparserefine_ros.benchmarks import decoders, sparse, spconv_peer
+from sparserefine_ros.benchmarks import decoders, sparse, sparse_peers, spconv_peer
 from sparserefine_ros.benchmarks.masks import edge_mask
-from sparserefine_ros.benchmarks.sparse import Case, measure
+from sparserefine_ros.benchmarks.sparse import measure
+from sparserefine_ros.benchmarks.sparse_case import Case
 from sparserefine_ros.benchmarks.sparse_report import draw, markdown
 from sparserefine_ros.commands.bench import CARD_MARK, write_card
 from sparserefine_ros.errors import ParameterError
@@ -130,25 +131,25 @@ def test_spconv_is_measured_only_where_it_is_right(monkeypatch: pytest.MonkeyPat
             torch.save({"features": features}, command[-1])
             return subprocess.CompletedProcess(command, 0, "1.5\n", "")
 
-        monkeypatch.setattr(sparse.subprocess, "run", run)
-        return sparse.spconv_ms(case, unet, mask, x)
+        monkeypatch.setattr(sparse_peers.subprocess, "run", run)
+        return sparse_peers.spconv_ms(case, unet, mask, x)
 
     assert peer(right) == (1.5, "")
     assert peer(None) == (None, "failed: exit status -9")
     for wrong in (right.flip(0), right * float("nan")):
         ms, why = peer(wrong)
         assert ms is None and "its result differs from ours" in why
-    assert sparse.spconv_ms(case, unet, mask & False, x[:0]) == (None, "takes no frame without selected pixels")
+    assert sparse_peers.spconv_ms(case, unet, mask & False, x[:0]) == (None, "takes no frame without selected pixels")
     half = replace(case, dtype=torch.float16)
-    assert sparse.spconv_ms(half, unet, mask, x.half()) == (None, "on a CPU it is compared in float32 alone")
+    assert sparse_peers.spconv_ms(half, unet, mask, x.half()) == (None, "on a CPU it is compared in float32 alone")
 
 
 def test_the_dense_peer_takes_any_depth() -> None:
     case = Case((128, 128), 0.1, (2,) * 8, blocks=1)
-    ms, why = sparse.dense_ms(case, case.unet(), case.mask(), case.colours(0))
+    ms, why = sparse_peers.dense_ms(case, case.unet(), case.mask(), case.colours(0))
     assert ms is not None and ms > 0 and why == ""
     case = Case((96, 128), 0.1, (2,) * 8, blocks=1)
-    assert sparse.dense_ms(case, case.unet(), case.mask(), case.colours(0)) == (
+    assert sparse_peers.dense_ms(case, case.unet(), case.mask(), case.colours(0)) == (
         None, "halves 128x96 to whole pixels only where 128 divides both",
     )  # fmt: skip
 

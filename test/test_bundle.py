@@ -106,8 +106,8 @@ def test_folder_without_model_yaml(tmp_path: Path) -> None:
         (lambda d: d.update(native_size=[2**20, 2**20]), "native_size 1048576 x 1048576.*67108864 pixels"),
         (lambda d: d.update(native_size=[0, 9]), "native_size 0 x 9"),
         (lambda d: d.update(native_size=[float("inf"), 9]), "cannot convert float infinity"),
-        (lambda d: d["classes"].update(names=["x"] * 1000), "1000 classes; expected 2 to 255"),
-        (lambda d: d["classes"]["palette"].__setitem__(0, [0, 0, 256]), "palette; expected a list of"),
+        (lambda d: d["classes"].update(names=["x"] * 1000), "1000 classes; expected 1 to 255"),
+        (lambda d: d["classes"]["palette"].__setitem__(0, [0, 0, 256]), r"colour \[0, 0, 256\]; expected \[red"),
     ],
 )
 def test_broken_model_yaml(copy: Path, change: Callable[[dict], None], message: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import disk_with
 
 from sparserefine_ros.cli import main
 from sparserefine_ros.datasets.base import Sample
@@ -194,14 +194,11 @@ def test_what_says_what_was_trained_may_be_broken(bundle: Bundle, tmp_path: Path
     (tmp_path / "distill.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(TrainingError, match=f"cannot read {tmp_path}/distill.json, .*or remove {tmp_path} to start"):
         distill(bundle, SCENES, tmp_path / "new", tmp_path, CPU, STUDENT)
-    (tmp_path / "distill.json").unlink()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # a full disk
-    try:
-        with pytest.raises(OSError, match=f"'{tmp_path}/distill.json'"):
-            distill(bundle, SCENES, tmp_path / "new", tmp_path, CPU, STUDENT)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_leaves_no_half_of_it(bundle: Bundle, tmp_path: Path) -> None:
+    with disk_with(100), pytest.raises(OSError, match=f"'{tmp_path}/distill.json'"):
+        distill(bundle, SCENES, tmp_path / "new", tmp_path, CPU, STUDENT)
     assert not any(tmp_path.iterdir())
 
 

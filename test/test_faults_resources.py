@@ -333,7 +333,7 @@ def write_bad() -> Any:
     return SimpleNamespace(difference=0.0)
 
 
-@pytest.mark.parametrize("where", ["temporary file", "compiler"])
+@pytest.mark.parametrize("where", ["disk", "compiler"])
 def test_a_full_disk_leaves_the_kernels_to_torch(
     tiny_bundle: Path, tmp_path: Path, offline: Segmenter, frame: np.ndarray, monkeypatch: Any, caplog: Any, where: str
 ) -> None:
@@ -352,7 +352,7 @@ def test_a_full_disk_leaves_the_kernels_to_torch(
         def full(*_: Any, **__: Any) -> Any:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(native.tempfile, "mkstemp", full)
+        monkeypatch.setattr(native.os, "fsync", full)
     with caplog.at_level("WARNING", "sparserefine_ros"):
         segmenter = Segmenter(Bundle.load(tiny_bundle), device="cpu")
     assert type(segmenter.head) is Head

@@ -139,11 +139,11 @@ def test_a_file_that_cannot_be_read_is_told(root: Path) -> None:
     [
         (
             "{name: x, names: [a], palette: [[300, 0, 0]]}",
-            r"colour \[300, 0, 0\]; expected red, green, blue, each 0 to 255",
+            r"colour \[300, 0, 0\]; expected \[red, green, blue\], each 0 to 255",
         ),
-        ("{name: x, names: [], palette: []}", "0 names; expected a list of 1 to 255"),
-        ("{name: x, names: ab, palette: [[0, 0, 0], [1, 1, 1]]}", "2 names; expected a list"),
-        (f"{{name: x, names: {['c'] * 256}, palette: {[[0, 0, 0]] * 256}}}", "256 names; expected"),
+        ("{name: x, names: [], palette: []}", "0 classes; expected 1 to 255"),
+        ("{name: x, names: ab, palette: [[0, 0, 0], [1, 1, 1]]}", "names 'ab'; expected a list"),
+        (f"{{name: x, names: {['c'] * 256}, palette: {[[0, 0, 0]] * 256}}}", "256 classes; expected"),
     ],
 )
 def test_class_lists_that_cannot_be(tmp_path: Path, text: str, words: str) -> None:

@@ -12,6 +12,10 @@ from sparserefine_ros.networks.registry import DENSE, build
 from sparserefine_ros.segmenter.bundle import construct
 
 
+def swin(**more: Any) -> dict[str, Any]:
+    return {"backbone_config": {"model_type": "swin", **more}}
+
+
 @pytest.mark.parametrize(
     ("network", "config", "message"),
     [
@@ -20,8 +24,13 @@ from sparserefine_ros.segmenter.bundle import construct
         ("mask2former", {"backbone_config": {"model_type": "bert"}}, "model_type 'bert'; write swin"),
         ("mask2former", {"backbone_config": {"model_type": "timm_backbone", "backbone": "x"}}, "has 'backbone'"),
         ("mask2former", {"backbone_config": {"embed_dim": 8}}, "model_type None; write swin"),
-        ("mask2former", {"backbone_config": {"model_type": "swin", "auto_map": {}}}, "has 'auto_map'"),
+        ("mask2former", swin(auto_map={}), "has 'auto_map'"),
         ("mask2former", {"backbone_config": None}, "backbone_config is None; give a mapping"),
+        ("mask2former", swin(use_absolute_embeddings=True), "has 'use_absolute_embeddings'"),
+        # tables of 65 GB, of 10^19 pairs, and of none
+        ("mask2former", swin(window_size=300), "window_size is 300; .* to 32"),
+        ("mask2former", swin(window_size=65536), "window_size is 65536; give"),
+        ("mask2former", swin(window_size=0), "window_size is 0; give"),
         ("mask2former", "t", "config is 't'; give a mapping of"),
         ("segformer-hub", {"_attn_implementation": "owner/kernel"}, "config has '_attn_implementation'"),
         ("segformer-hub", {"depths": [1], "quantization_config": {}}, "config has 'quantization_config'"),

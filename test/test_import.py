@@ -332,9 +332,9 @@ def test_weights_that_cannot_be_split(shape: tuple[int, ...]) -> None:
         (CAMVID, (-64, 96), 1.0, "native_size -64 x 96; expected"),
         (CAMVID, (100_000, 100_000), 1.0, "native_size 100000 x 100000; expected"),
         (CAMVID, SIZE, 1.5, "scale 1.5; expected"),
-        (ClassList("one", ("road",), ((0, 0, 0),)), SIZE, 1.0, "1 classes; expected 2 to 255"),
-        (ClassList("many", ("x",) * 256, ((0, 0, 0),) * 256), SIZE, 1.0, "256 classes; expected 2 to 255"),
-        (ClassList("bright", ("x", "y"), ((0, 0, 300),) * 2), SIZE, 1.0, "palette; expected"),
+        (ClassList("one", ("road",), ((0, 0, 0),)), SIZE, 1.0, "1 class; expected 2"),
+        (ClassList("many", ("x",) * 256, ((0, 0, 0),) * 256), SIZE, 1.0, "256 classes; expected 1 to 255"),
+        (ClassList("bright", ("x", "y"), ((0, 0, 300),) * 2), SIZE, 1.0, "colour .*300.; expected"),
     ],
 )
 def test_no_bundle_is_written_that_could_not_be_loaded(

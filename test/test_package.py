@@ -67,6 +67,33 @@ def imported_modules() -> set[str]:
     return names - set(sys.stdlib_module_names) - {NAME}
 
 
+ROOMS = (
+    "errors", "untrusted", "whole_files", "native", "sparse", "networks", "datasets", "segmenter", "evaluation",
+    "training", "studies", "node", "benchmarks", "commands", "cli",
+)  # fmt: skip
+"""Of the package, each importing from those before it alone."""
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_point_down(room: str) -> None:
+    """The core runs without ROS, and the sparse engine without segmentation."""
+    above = {f"{NAME}.{other}" for other in ROOMS[ROOMS.index(room) + 1 :]}
+    folder = ROOT / NAME / room
+    for path in folder.rglob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(f"{node.module}.{name}" for name in names)]
+            wrong = [name for name in names if ".".join(name.split(".")[:2]) in above]
+            assert not wrong, f"{path}, line {node.lineno}"
+            assert room == "node" or "rclpy" not in {name.split(".")[0] for name in names}, path
+
+
+def test_every_room_is_listed() -> None:
+    there = [path for path in (ROOT / NAME).iterdir() if path.is_dir() or path.suffix == ".py"]
+    assert {path.stem for path in there if not path.name.startswith("_")} == set(ROOMS)
+
+
 def test_every_import_is_a_declared_dependency() -> None:
     imported = imported_modules()
     assert imported - set(ROSDEP) == set(), "new import: add it to package.xml, setup.py and this table"

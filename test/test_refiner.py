@@ -210,9 +210,9 @@ def test_refiner_trains_on_few_or_no_pixels(stride: str, selected: int) -> None:
     ("args", "message"),
     [
         ({"channels": []}, "levels is 0"),
-        ({"channels": [8], "blocks": 0}, "blocks 0"),
+        ({"channels": [8], "blocks": 0}, "blocks is 0; give a whole number from 1"),
         ({"channels": [8], "stride": "round"}, "'round' is unknown: use one of dilate, floor"),
-        ({"channels": [8], "context": 2}, "context 2; give"),
+        ({"channels": [8], "context": 2}, "context is 2; give true or false"),
     ],
 )
 def test_refuses_at_once_what_would_fail_at_the_first_frame(args: dict[str, object], message: str) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import disk_with
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -154,23 +153,12 @@ def test_the_command_ends_in_one_line(
         assert message in capsys.readouterr().err
 
 
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Stands for a full disk: writing beyond so many bytes fails."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 def test_a_disk_that_is_full_when_the_bundle_is_written(tmp_path: Path) -> None:
     module = CompactSegmenter(11, **TINY.args)
     before = bundle_module._save(tmp_path, module, TINY, "dense.safetensors")
     size = (tmp_path / "dense.safetensors").stat().st_size
     with (
-        files_of_at_most(size // 2),
+        disk_with(size // 2),
         pytest.raises(TrainingError, match="cannot write .*dense.safetensors: .*its training is done"),
     ):
         bundle_module._save(tmp_path, module, TINY, "dense.safetensors")
@@ -185,10 +173,10 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(tmp_path: Path) -> Non
     torch.save({**state, "step": 0}, tmp_path / "dense.ckpt")
     unfinished = (tmp_path / "dense.ckpt").read_bytes()
     full = pytest.raises(TrainingError, match=r"cannot write the checkpoint .*dense.ckpt: .*; make room")
-    with files_of_at_most(len(before) // 2), full:
+    with disk_with(len(before) // 2), full:
         train(task(once), once, tmp_path, "dense", 0, CPU)
     assert (tmp_path / "dense.ckpt").read_bytes() == unfinished
-    assert not (tmp_path / "dense.partial").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"dense.ckpt", "dense.jsonl"}
     (tmp_path / "dense.ckpt").write_bytes(before[: len(before) // 2])
     with pytest.raises(TrainingError, match=r"cannot read the checkpoint .*dense.ckpt: .*; remove it to start anew"):
         train(task(once), once, tmp_path, "dense", 0, CPU)

@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from conftest import disk_with
 
 from sparserefine_ros.cli import main
+from sparserefine_ros.commands.bench import write_card
 from sparserefine_ros.evaluation import files
 from sparserefine_ros.segmenter.bundle import Bundle
 from sparserefine_ros.whole_files import whole, write_whole
-
-
-@contextmanager
-def disk_with(size: int) -> Iterator[None]:
-    """Stands for a disk that is almost full: no file may grow beyond so many bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -48,6 +36,10 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         assert partial.parent == tmp_path and partial.suffix == ".bin"
         raise KeyboardInterrupt
     assert files_in(tmp_path) == {"a.bin": b"before"}
+    with whole(file) as one, whole(file) as other:  # by two threads, or in two containers that share a folder
+        one.write_bytes(b"the last one wins")
+        other.write_bytes(b"early")
+    assert files_in(tmp_path) == {"a.bin": b"the last one wins"}
     with pytest.raises(FileNotFoundError, match="nowhere"), whole(file):  # of another file: it is the one named
         (tmp_path / "nowhere").read_bytes()
     write_whole(file, b"after")
@@ -95,12 +87,16 @@ def test_segment_and_results(tmp_path: Path, tiny_bundle: Path, capsys: pytest.C
     assert files_in(tmp_path / "masks") == {}
     assert main([*words, "/dev/full"]) == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert first.endswith(f"'{tmp_path / 'masks' / 'p_mask.png'}'")
+    assert first.startswith(f"error: cannot write {tmp_path / 'masks' / 'p_mask.png'}: File too large; make room")
     assert second == "error: cannot make the folder /dev/full: File exists; give another"
     files.write_text(tmp_path / "r.json", "{}")
-    with disk_with(100), pytest.raises(files.ResultError, match=r"cannot write .*r.json: .*; give a file"):
+    with disk_with(100), pytest.raises(files.ResultError, match=r"cannot write .*r.json: .*; make room"):
         files.write_text(tmp_path / "r.json", "x" * 200)
-    assert (tmp_path / "r.json").read_text() == "{}"
+    write_card(tmp_path / "README.md", "| a |")
+    card = (tmp_path / "README.md").read_bytes()
+    with disk_with(100), pytest.raises(files.ResultError, match="cannot write .*README.md"):
+        write_card(tmp_path / "README.md", "x" * 200)
+    assert (tmp_path / "r.json").read_text() == "{}" and (tmp_path / "README.md").read_bytes() == card
 
 
 def test_what_is_printed(tmp_path: Path, tiny_bundle: Path) -> None:

@@ -18,6 +18,7 @@ from sparserefine_ros.datasets.base import Sample
 from sparserefine_ros.datasets.street import Street
 from sparserefine_ros.errors import BagError, SparseRefineError
 from sparserefine_ros.evaluation import bag_messages as messages
+from sparserefine_ros.evaluation import files
 from sparserefine_ros.evaluation.bag_writer import START_NS, BagWriter
 from sparserefine_ros.evaluation.bags import Bag
 from sparserefine_ros.evaluation.mask_spool import MaskSpool
@@ -192,5 +193,4 @@ def draw(result: dict[str, Any], file: Path) -> None:
     axes[0].legend(loc="lower right")
     axes[2].set(xlabel="seconds; shaded: cluttered frames; without a dot in the middle: left dense")
     figure.suptitle(f"{result['model']}: fixed threshold and a budget of {result['budget_ms']:g} ms")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    files.write_figure(file, figure)

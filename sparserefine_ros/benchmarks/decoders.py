@@ -15,7 +15,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from sparserefine_ros.benchmarks.sparse import device_name, now
+from sparserefine_ros.benchmarks.clock import device_name, now
 from sparserefine_ros.networks.macs import flop_counter
 from sparserefine_ros.networks.registry import DENSE, build
 from sparserefine_ros.networks.superpixel import PAPER

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparserefine_ros.benchmarks.sparse import device_name, matmul_gflops, now
+from sparserefine_ros.benchmarks.clock import device_name, matmul_gflops, now
 from sparserefine_ros.benchmarks.unfold_attention import unfold_attention
 from sparserefine_ros.networks.local_attention import QueryKeyValue, local_attention
 

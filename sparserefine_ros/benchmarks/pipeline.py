@@ -21,8 +21,8 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from sparserefine_ros.benchmarks.clock import device_name, now
 from sparserefine_ros.benchmarks.paper_models import MODELS, gmacs, params_m
-from sparserefine_ros.benchmarks.sparse import device_name, now
 from sparserefine_ros.networks.graphed import Graphed
 from sparserefine_ros.networks.graphed_unet import GraphedUNet
 from sparserefine_ros.networks.selectors import upsample_nearest

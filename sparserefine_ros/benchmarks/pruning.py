@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from sparserefine_ros.benchmarks.clock import device_name, now
 from sparserefine_ros.benchmarks.paper_models import CLASSES
-from sparserefine_ros.benchmarks.sparse import device_name, now
 from sparserefine_ros.networks.macs import dense_macs
 from sparserefine_ros.networks.mask2former import Mask2Former
 

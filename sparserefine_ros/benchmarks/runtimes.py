@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparserefine_ros.benchmarks.sparse import device_name, now
+from sparserefine_ros.benchmarks.clock import device_name, now
 from sparserefine_ros.errors import BundleError, ExportError, ParameterError
 from sparserefine_ros.segmenter.bundle import Bundle
 from sparserefine_ros.segmenter.preprocess import normalise

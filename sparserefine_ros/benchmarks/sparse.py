@@ -8,63 +8,31 @@ exceed what the machine's matrix product reaches.
 
 from __future__ import annotations
 
-import os
-import resource
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from sparserefine_ros.benchmarks import spconv_peer
-from sparserefine_ros.benchmarks.dense_peer import DenseUNet
-from sparserefine_ros.benchmarks.masks import edge_mask
+from sparserefine_ros.benchmarks.clock import device_name, matmul_gflops, now, peak_megabytes, timed
+from sparserefine_ros.benchmarks.sparse_case import Case
+from sparserefine_ros.benchmarks.sparse_peers import dense_ms, spconv_ms, torchsparse_ms
 from sparserefine_ros.networks.fused_unet import FusedUNet
 from sparserefine_ros.networks.graphed_unet import GraphedUNet
 from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.selectors import upsample_nearest
-from sparserefine_ros.networks.unet import SparseUNet
 from sparserefine_ros.segmenter.head import build_head
 from sparserefine_ros.sparse import KernelMap, Pyramid
 from sparserefine_ros.sparse.backends import Backend, Output, pick_backend
-from sparserefine_ros.sparse.backends.torchsparse_backend import TorchsparseBackend
 
 CLASSES = 19  # as in Cityscapes
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4)
 MEGAPIXELS = {0.5: (512, 1024), 2.1: (1024, 2048), 4.7: (1536, 3072), 8.4: (2048, 4096)}
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is measured. The defaults are the network of the paper's appendix on a Cityscapes frame."""
-
-    size: tuple[int, int] = (1024, 2048)
-    density: float = 0.118
-    channels: tuple[int, ...] = (32, 64, 128, 256, 512)
-    blocks: int = 2
-    stride: str = "dilate"
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    dtype: torch.dtype = torch.float32
-
-    def unet(self) -> SparseUNet:
-        torch.manual_seed(0)
-        return SparseUNet(3, self.channels, self.blocks).eval().to(self.device)
-
-    def mask(self) -> Tensor:
-        return edge_mask(*self.size, self.density).to(self.device)
-
-    def colours(self, sites: int) -> Tensor:
-        return torch.randn(sites, 3, generator=torch.Generator().manual_seed(1)).to(self.device, self.dtype)
 
 
 class LevelTimer(Backend):
@@ -149,7 +117,7 @@ def measure(case: Case, backends: Sequence[str], repeats: int, peers: bool = Tru
                     maps[name].append(built - start)
                     totals[name].append(now(case.device) - start)
             if replay is not None:
-                ms = _timed(replay, case.device)
+                ms = timed(replay, case.device)
                 if turn:
                     totals["triton graph"].append(ms)
             plain, ours.backend = ours.backend, timer
@@ -239,13 +207,11 @@ def ends_ms(case: Case, mask: Tensor, repeats: int) -> float:
         head.merge(features, logits, sites, ids, confidence)
 
     with torch.inference_mode():
-        return statistics.median([_timed(ends, case.device) for _ in range(repeats + 1)][1:])
+        return statistics.median([timed(ends, case.device) for _ in range(repeats + 1)][1:])
 
 
 def sweep(case: Case, backend: str, repeats: int) -> dict[str, list[dict[str, float]]]:
     """Time of one backend over density at the case's size, and over image size at its density."""
-    from dataclasses import replace
-
     cases = {
         "density": [replace(case, density=d) for d in DENSITIES],
         "size": [replace(case, size=size) for size in MEGAPIXELS.values()],
@@ -269,107 +235,3 @@ def sweep(case: Case, backend: str, repeats: int) -> dict[str, list[dict[str, fl
                 out[name].append({**point, "ms": statistics.median(times[1:])})
                 progress.advance(row)
     return out
-
-
-Peer = tuple[float | None, str]
-
-
-def dense_ms(case: Case, unet: SparseUNet, mask: Tensor, x: Tensor) -> Peer:
-    """One pass after one on a corner: on a CPU it takes half a minute."""
-    step = 2 ** (len(case.channels) - 1)
-    if any(side % step for side in case.size):
-        return None, f"halves {case.size[1]}x{case.size[0]} to whole pixels only where {step} divides both"
-    network = DenseUNet(unet.to(case.dtype))
-    image = torch.randn(1, 3, *case.size, device=case.device, dtype=case.dtype)
-    with torch.inference_mode():
-        corner = max(64, step)
-        network(image[..., :corner, :corner])
-        repeats = 1 if case.device.type == "cpu" else 20
-        times = [_timed(lambda: network(image), case.device) for _ in range(repeats)]
-    unet.float()
-    return statistics.median(times), ""
-
-
-def spconv_ms(case: Case, unet: SparseUNet, mask: Tensor, x: Tensor) -> Peer:
-    if not spconv_peer.installed():
-        return None, "not installed"
-    if case.stride != "dilate":
-        return None, "has no floor strides"
-    sites = Backend().pyramid(mask, 1, case.stride).levels[0]
-    if len(sites) == 0:
-        return None, "takes no frame without selected pixels"
-    if case.device.type != "cuda" and case.dtype != torch.float32:
-        return None, "on a CPU it is compared in float32 alone"
-    if case.device.type == "cuda":
-        peer = spconv_peer.SpconvUNet(unet.to(case.dtype))
-        with torch.inference_mode():
-            times = [_timed(lambda: peer(x, sites), case.device) for _ in range(30)][10:]
-        unet.float()
-        return statistics.median(times), ""
-    with tempfile.TemporaryDirectory() as folder:
-        job, answer = Path(folder) / "job", Path(folder) / "answer"
-        state = {"state": unet.state_dict(), "channels": list(case.channels), "blocks": case.blocks}
-        torch.save({**state, "x": x, "sites": sites.sites, "shape": list(sites.shape)}, job)
-        done = subprocess.run(
-            [sys.executable, "-m", spconv_peer.__name__, str(job), str(answer)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode:
-            said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]  # killed, it says nothing
-            return None, f"failed: {said[-1]}"
-        theirs = torch.load(answer, weights_only=True)["features"]
-    backend = Backend()
-    with torch.inference_mode():
-        mine = FusedUNet(unet, backend)(x, backend.pyramid(mask, len(case.channels), case.stride))
-    error, largest = float((mine - theirs).abs().max()), float(theirs.abs().max())
-    if not error <= 1e-3 * largest:  # NaN compares false
-        return None, f"its result differs from ours by {error:.1e}, where the largest value is {largest:.1e}"
-    return float(done.stdout.split()[-1]), ""
-
-
-def torchsparse_ms(case: Case, unet: SparseUNet, mask: Tensor, x: Tensor) -> Peer:
-    """Its matrix products through our adapter: on our maps, which cost less than its own."""
-    if why := TorchsparseBackend.missing(case.device):
-        return None, why
-    net = FusedUNet(unet, TorchsparseBackend(), case.dtype)
-
-    def frame() -> Tensor:
-        return net(x, net.backend.pyramid(mask, len(case.channels), case.stride))
-
-    with torch.inference_mode():
-        times = [_timed(frame, case.device) for _ in range(30)][10:]
-    return statistics.median(times), ""
-
-
-def now(device: torch.device) -> float:
-    """Milliseconds, once the device has done what it was asked."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() * 1e3
-
-
-def _timed(call: Callable[[], Any], device: torch.device) -> float:
-    start = now(device)
-    call()
-    return now(device) - start
-
-
-def matmul_gflops(device: torch.device, dtype: torch.dtype, n: int = 1536) -> float:
-    """What the machine's own matrix product reaches at this moment."""
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    torch.mm(a, b)
-    return 2 * n**3 / min(_timed(lambda: torch.mm(a, b), device) for _ in range(3)) / 1e6
-
-
-def peak_megabytes(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # Linux counts in KiB
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")

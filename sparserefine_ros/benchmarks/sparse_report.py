@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sparserefine_ros.evaluation import files
+
 
 def markdown(result: dict[str, Any]) -> str:
     """One table by level, one of totals beside peers, and the setting."""
@@ -63,5 +65,4 @@ def draw(result: dict[str, Any], sweep: dict[str, list[dict[str, float]]], file:
         axis.grid(alpha=0.3)
         axis.legend()
     figure.suptitle(f"Sparse U-Net {'/'.join(map(str, case['channels']))}, maps included, {case['device']}")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    files.write_figure(file, figure)

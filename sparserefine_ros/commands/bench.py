@@ -205,7 +205,8 @@ def run_pruning(args: argparse.Namespace) -> int:
 
 
 def run_sparse(args: argparse.Namespace) -> int:
-    from sparserefine_ros.benchmarks.sparse import Case, measure, sweep
+    from sparserefine_ros.benchmarks.sparse import measure, sweep
+    from sparserefine_ros.benchmarks.sparse_case import Case
     from sparserefine_ros.benchmarks.sparse_report import draw, markdown
     from sparserefine_ros.errors import ParameterError
     from sparserefine_ros.evaluation.compare import save_json
@@ -359,8 +360,10 @@ def _finish(result: dict[str, Any], table: str, args: argparse.Namespace) -> int
 
 def write_card(card: Path, table: str) -> None:
     """Replaces what stands between the table marks of a model card."""
+    from sparserefine_ros.evaluation import files
+
     head, tail = _card_parts(card)
-    card.write_text(f"{head}\n{table}\n{tail}")
+    files.write_text(card, f"{head}\n{table}\n{tail}")
 
 
 def _card_parts(card: Path) -> tuple[str, str]:

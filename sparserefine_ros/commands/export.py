@@ -30,9 +30,9 @@ def run(args: argparse.Namespace) -> int:
     from sparserefine_ros.segmenter.segmenter import Segmenter
 
     bundle = Bundle.load(args.model)
-    files.check_folder(args.output)
     if bundle.dense.network == ONNX:
         raise ExportError(f"bundle {bundle.name!r} is an ONNX file already: {bundle.path / bundle.dense.weights}")
+    files.check_folder(args.output)
     segmenter = Segmenter(bundle, "cpu", sparse_backend="torch", runtime="torch")
     size = args.size or bundle.native_size
     low = segmenter.low_size(size)

@@ -21,13 +21,12 @@ def run(args: argparse.Namespace) -> int:
     import cv2
     import numpy as np
 
-    from sparserefine_ros.datasets.pictures import read_rgb
+    from sparserefine_ros.datasets.pictures import encode_png, read_rgb
     from sparserefine_ros.errors import ParameterError
     from sparserefine_ros.evaluation import files
     from sparserefine_ros.networks.boundaries import YELLOW, draw_boundaries
     from sparserefine_ros.segmenter.bundle import Bundle
     from sparserefine_ros.segmenter.segmenter import Segmenter
-    from sparserefine_ros.whole_files import write_whole
 
     stems = [file.stem for file in args.images]
     if same := sorted({stem for stem in stems if stems.count(stem) > 1}):
@@ -37,23 +36,19 @@ def run(args: argparse.Namespace) -> int:
         )
 
     def write(kind: str, picture: np.ndarray) -> Path:
-        target = args.output / f"{file.stem}_{kind}.png"
-        write_whole(target, cv2.imencode(".png", picture)[1].tobytes())
-        return Path(target)
+        target: Path = args.output / f"{file.stem}_{kind}.png"
+        files.write(target, encode_png(picture))
+        return target
 
     segmenter = Segmenter(Bundle.load(args.model), args.device, args.precision, args.entropy_threshold)
     files.check_folder(args.output)
     for file in args.images:
         image = read_rgb(file)
-        bgr = np.ascontiguousarray(image[..., ::-1])
         result = segmenter.segment([image])[0]
-        colours = segmenter.classes.lut()[result.mask][..., ::-1]
-        overlay = cv2.addWeighted(bgr, 0.5, np.ascontiguousarray(colours), 0.5, 0)
         written = write("mask", result.mask)
-        write("overlay", overlay)
+        write("overlay", cv2.addWeighted(image, 0.5, segmenter.classes.lut()[result.mask], 0.5, 0))
         if segmenter.has_superpixels:
-            drawn = draw_boundaries(bgr, segmenter.superpixels(image), YELLOW[::-1])
-            write("superpixels", drawn)
+            write("superpixels", draw_boundaries(image, segmenter.superpixels(image), YELLOW))
         total = sum(result.stage_ms.values())
         print(f"{file}: refined {result.density:.1%} of the pixels, {total:.0f} ms -> {written}")
     return 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sparserefine_ros.datasets.base import UNLABELLED, Sample
 from sparserefine_ros.datasets.classes import CAMVID, ClassList
-from sparserefine_ros.datasets.pictures import read_ids, read_rgb
+from sparserefine_ros.datasets.pictures import check_size, read_ids, read_rgb
 from sparserefine_ros.errors import DatasetError
 
 VOID = 11
@@ -43,11 +43,6 @@ class CamVid:
         image, label = read_rgb(self.images[index]), read_ids(self.labels[index])
         if int(label.max()) > VOID:
             raise DatasetError(f"{self.labels[index]} has largest id {int(label.max())}; expected ids 0-{VOID}")
-        if label.shape != image.shape[:2]:
-            raise DatasetError(
-                f"{self.labels[index]} is {label.shape[1]}x{label.shape[0]}, its frame "
-                f"{image.shape[1]}x{image.shape[0]}; resize the labels by nearest neighbour, or take "
-                "the frames that belong to them"
-            )
+        check_size(self.labels[index], label, image)
         label[label == VOID] = UNLABELLED
         return Sample(image, label, self.images[index].stem, round(index * 1e9 / self.fps))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+MAX_CLASSES = 255  # ids 0 to 254; 255 is a pixel that nobody labelled
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,26 @@ class ClassList:
                 f"class list {self.name!r} has {len(self.names)} names but {len(self.palette)} colours; give one each"
             )
 
+    @classmethod
+    def from_data(cls, data: Any) -> ClassList:
+        """What `as_data` gave, from a file that somebody else may have written.
+
+        Raises KeyError, TypeError or ValueError where it is no class list.
+        """
+        names, palette = data["names"], data["palette"]
+        for key, given in (("names", names), ("palette", palette)):
+            if not isinstance(given, list):
+                raise ValueError(f"{key} {given!r:.80}; expected a list")
+        if not 1 <= len(names) <= MAX_CLASSES:
+            raise ValueError(f"{len(names)} classes; expected 1 to {MAX_CLASSES}")
+        if wrong := [colour for colour in palette if not _is_colour(colour)]:
+            raise ValueError(f"colour {wrong[0]!r:.80}; expected [red, green, blue], each 0 to 255")
+        return cls(str(data["name"]), tuple(str(n) for n in names), tuple((r, g, b) for r, g, b in palette))
+
+    def as_data(self) -> dict[str, Any]:
+        """As YAML and JSON take it."""
+        return {"name": self.name, "names": list(self.names), "palette": [list(colour) for colour in self.palette]}
+
     def __len__(self) -> int:
         return len(self.names)
 
@@ -29,6 +52,10 @@ class ClassList:
         table = np.zeros((256, 3), np.uint8)
         table[: len(self)] = self.palette
         return table
+
+
+def _is_colour(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(v) is int and 0 <= v <= 255 for v in value)
 
 
 # Ids as in the CamVid labels of 11 classes at 480x360.

@@ -15,7 +15,7 @@ import numpy as np
 
 from sparserefine_ros.datasets.base import UNLABELLED, Sample
 from sparserefine_ros.datasets.classes import ClassList
-from sparserefine_ros.datasets.pictures import read_ids, read_rgb
+from sparserefine_ros.datasets.pictures import check_size, read_ids, read_rgb, turned_from
 from sparserefine_ros.errors import DatasetError
 from sparserefine_ros.untrusted import load_yaml
 
@@ -59,17 +59,12 @@ class Folder:
         if file is None:
             return None
         label = read_ids(file)
-        stored = read_rgb(picture, upright=False)
-        if label.shape == stored.shape[:2] and not np.array_equal(stored, image):
+        if label.shape == turned_from(picture):
             raise DatasetError(
                 f"{picture} is turned by its EXIF orientation, and {file} fits the pixels as they are stored: nothing "
                 "says that it is turned, too; save picture and label upright, without that orientation"
             )
-        if label.shape != image.shape[:2]:
-            raise DatasetError(
-                f"{file} is {label.shape[1]}x{label.shape[0]}, its frame {image.shape[1]}x{image.shape[0]}; resize the "
-                "labels by nearest neighbour, or take the frames that belong to them"
-            )
+        check_size(file, label, image)
         known = label[label != UNLABELLED]
         if known.size and known.max() >= len(self.classes):
             raise DatasetError(
@@ -82,13 +77,6 @@ class Folder:
 def read_classes(file: Path) -> ClassList:
     """The class list that a YAML file gives as name, names and palette; DatasetError where it does not."""
     try:
-        data = load_yaml(file)
-        names = data["names"]
-        if not (isinstance(names, list) and 1 <= len(names) <= UNLABELLED):
-            raise ValueError(f"{len(names)} names; expected a list of 1 to {UNLABELLED}")
-        palette = tuple((int(r), int(g), int(b)) for r, g, b in data["palette"])
-        if wrong := [colour for colour in palette if not all(0 <= value <= 255 for value in colour)]:
-            raise ValueError(f"colour {list(wrong[0])}; expected red, green, blue, each 0 to 255")
-        return ClassList(str(data["name"]), tuple(str(n) for n in names), palette)
-    except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:
+        return ClassList.from_data(load_yaml(file))
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise DatasetError(f"cannot use {file}: {error!r}; it must give name, names and palette") from error

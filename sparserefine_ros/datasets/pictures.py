@@ -1,4 +1,4 @@
-"""Picture files to arrays: what a file holds, whatever its name.
+"""Picture files to arrays, what a file holds, whatever its name; and arrays to PNG.
 
 Shape shorthand: H, W image height and width in pixels.
 """
@@ -12,17 +12,27 @@ import numpy as np
 
 from sparserefine_ros.errors import DatasetError
 
+_JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}  # PNG's colour types
 
 
-def read_rgb(file: Path, upright: bool = True) -> np.ndarray:
-    """RGB [H, W, 3] uint8 of a JPEG or PNG: as its EXIF orientation shows it, or not ``upright``, as it is stored.
+def read_rgb(file: Path) -> np.ndarray:
+    """RGB [H, W, 3] uint8 of a JPEG or PNG, turned as its EXIF orientation says.
 
     Raises DatasetError for a file that cannot be read or decoded.
     """
-    image = _decode(file, _read(file), cv2.IMREAD_COLOR | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION))
-    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
+    return cv2.cvtColor(_decode(file, _read(file), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+
+
+def turned_from(file: Path) -> tuple[int, int] | None:
+    """(H, W) as stored of a picture that its EXIF orientation turns; None for others. Raises as `read_rgb`."""
+    data = _read(file)
+    if data.startswith((_JPEG, _PNG)) and b"Exif" not in data and b"eXIf" not in data:
+        return None  # most, without being decoded once more
+    stored = _decode(file, data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    upright = _decode(file, data, cv2.IMREAD_COLOR)
+    return None if np.array_equal(stored, upright) else (stored.shape[0], stored.shape[1])
 
 
 def read_ids(file: Path) -> np.ndarray:
@@ -37,6 +47,22 @@ def read_ids(file: Path) -> np.ndarray:
         kind = f"a PNG of {bits} bits, {_COLOURS.get(colour, 'unknown')}" if bits else "no PNG"
         raise DatasetError(f"{file} is {kind}; save the class ids as grey PNG of 8 bits, of a palette the indices")
     return ids
+
+
+def check_size(file: Path, label: np.ndarray, image: np.ndarray) -> None:
+    """DatasetError where ``label``, read from ``file``, is of another size than its ``image``."""
+    if label.shape != image.shape[:2]:
+        raise DatasetError(
+            f"{file} is {label.shape[1]}x{label.shape[0]}, its frame {image.shape[1]}x{image.shape[0]}; resize the "
+            "labels by nearest neighbour, or take the frames that belong to them"
+        )
+
+
+def encode_png(picture: np.ndarray) -> bytes:
+    """A PNG of RGB [H, W, 3] or grey [H, W], uint8."""
+    if picture.ndim == 3:
+        picture = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".png", picture, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
 
 
 def _read(file: Path) -> bytes:

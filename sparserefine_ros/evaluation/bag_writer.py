@@ -72,10 +72,7 @@ class BagWriter:
         _make_room(self.path, force)
         # Version 8 is read by jazzy and by everything after it.
         self._writer = Writer(self.path, version=8, storage_plugin=STORAGES[storage])
-        self._writer.set_custom_data(
-            CLASSES_KEY,
-            json.dumps({"name": classes.name, "names": list(classes.names), "palette": list(classes.palette)}),
-        )
+        self._writer.set_custom_data(CLASSES_KEY, json.dumps(classes.as_data()))
         self._last_stamp: int | None = None
 
     def __enter__(self) -> BagWriter:

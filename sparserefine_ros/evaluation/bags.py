@@ -249,9 +249,7 @@ class Bag:
         custom = self._reader.storage.metadata.custom
         if isinstance(custom, dict) and CLASSES_KEY in custom:
             with self._reading():
-                stored = json.loads(custom[CLASSES_KEY])
-                palette = tuple((int(r), int(g), int(b)) for r, g, b in stored["palette"])
-                return ClassList(str(stored["name"]), tuple(map(str, stored["names"])), palette)
+                return ClassList.from_data(json.loads(custom[CLASSES_KEY]))
         info = next((c for c in self._reader.connections if c.msgtype == messages.LABEL_INFO), None)
         if info is None:
             return None

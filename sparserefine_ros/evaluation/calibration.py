@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from sparserefine_ros.datasets.base import UNLABELLED, Sample
+from sparserefine_ros.evaluation import files
 from sparserefine_ros.evaluation.reliability import fit_temperature, reliability, sample_logits
 from sparserefine_ros.segmenter.bundle import Bundle
 from sparserefine_ros.segmenter.segmenter import Segmenter
-from sparserefine_ros.whole_files import whole
 
 BINS = 2000
 
@@ -96,9 +96,7 @@ def draw(curve: DensityRecall, threshold: float, title: str, file: Path) -> None
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.suptitle(title)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with whole(file) as partial:
-        figure.savefig(partial, dpi=110)
+    files.write_figure(file, figure)
 
 
 def calibrate_bundle(bundle: Bundle, samples: Sequence[Sample], recall: float, device: str = "auto") -> Bundle:

@@ -18,6 +18,7 @@ import torch
 from rich.progress import track
 
 from sparserefine_ros.datasets.base import UNLABELLED, Sample
+from sparserefine_ros.evaluation import files
 from sparserefine_ros.evaluation.metrics import ConfusionMatrix
 from sparserefine_ros.networks.macs import counting_refiner_macs, dense_macs
 from sparserefine_ros.segmenter.bundle import Bundle
@@ -156,8 +157,7 @@ def figure(value: float, digits: int = 2) -> str:
 
 def save_json(table: dict[str, Any], file: Path) -> None:
     """Writes ``table`` as JSON; absent classes, and whatever else is no finite number, become null."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(_null_nan(table), indent=1, allow_nan=False) + "\n")
+    files.write_text(file, json.dumps(_null_nan(table), indent=1, allow_nan=False) + "\n")
 
 
 def _null_nan(value: Any) -> Any:

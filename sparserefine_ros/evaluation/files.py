@@ -1,9 +1,11 @@
-"""The files that an evaluation writes, wherever people want them: what cannot be written is said before the work."""
+"""Results, written wherever people want them: what cannot be written is said before the work."""
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
+from typing import Any
 
 from sparserefine_ros.errors import ResultError
 from sparserefine_ros.whole_files import write_whole
@@ -32,11 +34,22 @@ def check_folder(folder: Path) -> None:
         raise ResultError(f"cannot write into the folder {folder}; give one you may write to")
 
 
-def write_text(file: Path, text: str) -> None:
-    """UTF-8; folders are made. ResultError where it cannot be written, because the disk is full for example."""
+def write(file: Path, content: bytes) -> None:
+    """Whole or not at all; folders are made. ResultError where it cannot be written, as on a full disk."""
     check(file)
     try:
-        # names of files that are no UTF-8 (surrogates to Python) are shown as \udcff
-        write_whole(file, text.encode("utf-8", "backslashreplace"))
+        write_whole(file, content)
     except OSError as error:
-        raise ResultError(f"cannot write {file}: {error.strerror}; give a file you may write to") from error
+        raise ResultError(f"cannot write {file}: {error.strerror}; make room for it, or give another") from error
+
+
+def write_text(file: Path, text: str) -> None:
+    """UTF-8; names of files that are no UTF-8 (surrogates to Python) are shown as \\udcff."""
+    write(file, text.encode("utf-8", "backslashreplace"))
+
+
+def write_figure(file: Path, figure: Any) -> None:
+    """A matplotlib figure, in the format that the ending names."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=110, format=file.suffix[1:] or "png")
+    write(file, content.getvalue())

@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from sparserefine_ros.datasets.classes import ClassList
+from sparserefine_ros.datasets.pictures import encode_png
+from sparserefine_ros.evaluation import files
 from sparserefine_ros.evaluation.bags import Bag
 from sparserefine_ros.evaluation.mask_spool import MaskSpool
 from sparserefine_ros.evaluation.offline import Decode
 from sparserefine_ros.evaluation.picture import Panel, draw
-from sparserefine_ros.whole_files import write_whole
 
 
 def draw_evaluation(
@@ -62,11 +62,6 @@ def save_masks(spool: MaskSpool, classes: ClassList, folder: Path) -> int:
     for stamp in spool.stamps():
         mask = spool.get(stamp)
         assert mask is not None
-        _write_png(folder / f"{stamp}.png", mask)
-        _write_png(folder / f"{stamp}_color.png", lut[mask][..., ::-1])
+        files.write(folder / f"{stamp}.png", encode_png(mask))
+        files.write(folder / f"{stamp}_color.png", encode_png(lut[mask]))
     return len(spool)
-
-
-def _write_png(path: Path, pixels: np.ndarray) -> None:
-    _, png = cv2.imencode(".png", np.ascontiguousarray(pixels), [cv2.IMWRITE_PNG_COMPRESSION, 1])
-    write_whole(path, png.tobytes())

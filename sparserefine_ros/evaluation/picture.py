@@ -11,13 +11,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from sparserefine_ros.datasets.base import UNLABELLED
 from sparserefine_ros.datasets.classes import ClassList
-from sparserefine_ros.whole_files import whole
+from sparserefine_ros.evaluation import files
 
 WRONG = (255, 40, 40)
 SELECTED = (255, 225, 0)
@@ -73,7 +72,7 @@ def draw(panels: Sequence[Panel], classes: ClassList, path: Path, title: str) ->
     columns = 2 + 2 * with_label + with_selected
     height, width = panels[0].image.shape[:2]
     tile_height = TILE_INCHES * height / width
-    figure = Figure(figsize=(TILE_INCHES * columns, (tile_height + 0.25) * len(panels) + 1.1), dpi=110)
+    figure = Figure(figsize=(TILE_INCHES * columns, (tile_height + 0.25) * len(panels) + 1.1))
     axes = figure.subplots(len(panels), columns, squeeze=False)
     for row, panel in zip(axes, panels, strict=True):
         for axis, (name, tile) in zip(row, _tiles(panel, classes, with_label, with_selected), strict=True):
@@ -94,9 +93,7 @@ def draw(panels: Sequence[Panel], classes: ClassList, path: Path, title: str) ->
     figure.subplots_adjust(
         left=0.005, right=0.995, top=1 - 0.55 / inches, bottom=0.4 / inches, wspace=0.02, hspace=0.3 / tile_height
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as partial:
-        FigureCanvasAgg(figure).print_png(str(partial))
+    files.write_figure(path, figure)
 
 
 def _tiles(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sparserefine_ros.errors import SparseRefineError
+from sparserefine_ros.whole_files import whole
 
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 NATIVE = {
@@ -132,17 +133,10 @@ def _cpu() -> str:
 
 
 def _compile(command: list[str], source: Path, library: Path) -> None:
-    handle, partial = tempfile.mkstemp(prefix=f".{library.stem}-", dir=library.parent)
-    os.close(handle)
-    try:
-        done = _run([*command, "-o", partial, str(source), "-lm"])
+    with whole(library) as partial:
+        done = _run([*command, "-o", str(partial), str(source), "-lm"])
         if done.returncode:
             said = done.stderr.splitlines()
             lines = [line for line in said if "error" in line or "No space left" in line] or said[-1:]
             reason = lines[0] if lines else f"exit status {done.returncode}"
             raise NativeError(f"{command[0]} cannot compile {source.name}: {reason}; install gcc and libc6-dev")
-        with open(partial, "rb") as written:
-            os.fsync(written.fileno())  # a name must not outlive a power cut that its content does not
-        Path(partial).replace(library)
-    finally:
-        Path(partial).unlink(missing_ok=True)

@@ -126,9 +126,9 @@ def build_backbone(name: str) -> Backbone:
 
     Raises ValueError for another name, ImportError where its package is not installed.
     """
-    if isinstance(name, str) and name.startswith(TIMM):
+    if str(name).startswith(TIMM):
         return TimmBackbone(name.removeprefix(TIMM))
-    if not isinstance(name, str) or name not in BACKBONES:
+    if name not in list(BACKBONES):  # a list has no hash to be found by
         raise ValueError(f"unknown backbone {name!r}; known are {', '.join(BACKBONES)} and {TIMM}MODEL")
     return BACKBONES[name]()
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparserefine_ros.networks.ensemblers import DirectEnsembler
+from sparserefine_ros.networks.limits import check_whole
 from sparserefine_ros.networks.selectors import nearest_index
 from sparserefine_ros.sparse import SiteSet
 
@@ -50,8 +51,8 @@ class BilateralRefiner(nn.Module):
         initial: float = 0.5,
     ) -> None:
         super().__init__()
-        if type(radius) is not int or type(step) is not int or not (0 <= radius <= MAX_RADIUS and step >= 1):
-            raise ValueError(f"radius {radius!r}, step {step!r}; give whole numbers, 0 to {MAX_RADIUS} and from 1")
+        check_whole(0, MAX_RADIUS, radius=radius)
+        check_whole(step=step)
         if not (distance >= MIN_WIDTH and colour >= MIN_WIDTH and 0 <= initial <= 1):
             raise ValueError(
                 f"distance {distance}, colour {colour}, initial {initial}; give two numbers from {MIN_WIDTH} and a "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparserefine_ros.networks.exporting import adaptive_average, exporting
-from sparserefine_ros.networks.limits import check_count, check_flags
+from sparserefine_ros.networks.limits import check_flags, check_list
 from sparserefine_ros.networks.offset import OffsetClassifier
 from sparserefine_ros.networks.points import CoarseFine
 
@@ -85,8 +85,8 @@ class CompactEncoder(nn.Module):
 
     def __init__(self, widths: Sequence[int] = (32, 64, 128, 192), depths: Sequence[int] = (2, 2, 3)) -> None:
         super().__init__()
-        check_count(4, widths=widths)
-        check_count(3, depths=depths)
+        check_list(4, widths=widths)
+        check_list(3, depths=depths)
         self.widths = c2, c4, c8, c16 = tuple(widths)
         self.stem = ConvBnRelu(3, c2, stride=2)
         self.down4 = ConvBnRelu(c2, c4, stride=2)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sparserefine_ros.networks.limits import check_whole
+
 SEGFORMER_KEYS = (
     "num_encoder_blocks", "depths", "sr_ratios", "hidden_sizes", "patch_sizes", "strides", "num_attention_heads",
     "mlp_ratios", "hidden_act", "layer_norm_eps", "decoder_hidden_size",
@@ -32,16 +34,14 @@ def check_segformer(config: Mapping[str, Any]) -> None:
 
 
 def check_mask2former(config: Mapping[str, Any]) -> None:
-    """ValueError where ``config`` is no mapping, has keys that are not listed above, or a backbone other than Swin."""
+    """ValueError where ``config`` is no mapping, has other keys, another backbone than Swin or too large windows."""
     _check_keys("config", config, (*MASK2FORMER_KEYS, "backbone_config"))
     if "backbone_config" in config:
         backbone = config["backbone_config"]
         _check_keys("backbone_config", backbone, SWIN_KEYS)
         if backbone.get("model_type") != "swin":
             raise ValueError(f"backbone_config has model_type {backbone.get('model_type')!r:.80}; write swin")
-        window = backbone.get("window_size", 1)
-        if type(window) is not int or not 1 <= window <= MAX_WINDOW:
-            raise ValueError(f"backbone_config has window_size {window!r:.80}; give a number from 1 to {MAX_WINDOW}")
+        check_whole(1, MAX_WINDOW, window_size=backbone.get("window_size", 1))
 
 
 def _check_keys(what: str, given: Any, keys: tuple[str, ...]) -> None:

@@ -35,20 +35,18 @@ def check_arguments(args: Mapping[str, Any]) -> None:
             raise ValueError(f"argument {value}; expected a number from {-MAX_NUMBER} to {MAX_NUMBER}")
 
 
-def check_whole(first: int = 1, **numbers: Any) -> None:
-    """ValueError where one of ``numbers``, or one in a list of them, is no whole number from ``first``."""
+def check_whole(first: int = 1, last: int = MAX_NUMBER, **numbers: Any) -> None:
+    """ValueError where one of ``numbers`` is no whole number from ``first`` to ``last``."""
     for name, given in numbers.items():
-        for number in given if isinstance(given, list | tuple) else (given,):
-            if type(number) is not int or number < first:
-                raise ValueError(f"{name} is {given!r:.80}; give whole numbers from {first}")
+        if type(given) is not int or not first <= given <= last:
+            raise ValueError(f"{name} is {given!r:.80}; give a whole number from {first} to {last}")
 
 
-def check_count(count: int, **lists: Any) -> None:
+def check_list(count: int, **lists: Any) -> None:
     """ValueError unless each of ``lists`` is a list of so many whole numbers from 1."""
     for name, given in lists.items():
-        if not isinstance(given, list | tuple) or len(given) != count:
+        if not isinstance(given, list | tuple) or [type(n) is int and n >= 1 for n in given] != [True] * count:
             raise ValueError(f"{name} is {given!r:.80}; give a list of {count} whole numbers from 1")
-    check_whole(**lists)
 
 
 def check_flags(**flags: Any) -> None:

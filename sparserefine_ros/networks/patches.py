@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparserefine_ros.networks.ensemblers import DirectEnsembler
+from sparserefine_ros.networks.limits import check_whole
 from sparserefine_ros.sparse import SiteSet
 
 PASTES = ("patch", "selected")
@@ -50,13 +51,11 @@ class PatchRefiner(nn.Module):
         batch: int = 8,
     ) -> None:
         super().__init__()
-        whole = all(type(number) is int for number in (size, margin, batch))
-        if not whole or size < 1 or margin < 0 or not 1 <= batch <= MAX_BATCH or not 0 <= density < 1:
-            raise ValueError(
-                f"patches of size {size!r}, margin {margin!r}, density {density!r}, batch {batch!r}; give a size and a "
-                f"batch from 1 (the latter to {MAX_BATCH}), a margin from 0, whole numbers all, and a density from 0 "
-                "to below 1"
-            )
+        check_whole(size=size)
+        check_whole(0, margin=margin)
+        check_whole(1, MAX_BATCH, batch=batch)
+        if not 0 <= density < 1:
+            raise ValueError(f"density is {density!r}; give a share from 0 to below 1")
         if paste not in PASTES:
             raise ValueError(f"paste is {paste!r}; choose one of {', '.join(PASTES)}")
         self.size, self.margin, self.density, self.paste, self.batch = size, margin, density, paste, batch

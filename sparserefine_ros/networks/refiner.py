@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparserefine_ros.networks.ensemblers import build_ensembler
 from sparserefine_ros.networks.fused_unet import FusedUNet
+from sparserefine_ros.networks.limits import check_flags, check_whole
 from sparserefine_ros.networks.unet import SparseUNet
 from sparserefine_ros.sparse import Pyramid
 from sparserefine_ros.sparse.backends import Backend
@@ -59,8 +60,8 @@ class SparseRefiner(nn.Module):
         check_pyramid(len(channels), stride)
         if len(channels) > MAX_LEVELS:
             raise ValueError(f"channels are of {len(channels)} levels; give 1 to {MAX_LEVELS}")
-        if blocks < 1 or not isinstance(context, bool):
-            raise ValueError(f"blocks {blocks!r}, context {context!r}; give a number from 1, and true or false")
+        check_whole(blocks=blocks)
+        check_flags(context=context)
         self.levels, self.stride, self.context = len(channels), stride, context
         self.fused: FusedUNet | None = None
         self.unet = SparseUNet(3 + num_classes * context, channels, blocks)

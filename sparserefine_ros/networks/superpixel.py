@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from sparserefine_ros.networks.association import ASSOCIATIONS, assign, project
 from sparserefine_ros.networks.backbones import build_backbone, extend
 from sparserefine_ros.networks.hypercolumn import Hypercolumn
-from sparserefine_ros.networks.limits import check_count, check_flags, check_whole
+from sparserefine_ros.networks.limits import check_flags, check_list, check_whole
 from sparserefine_ros.networks.local_attention import QueryKeyValue, local_attention
 
 # The paper's configuration on Cityscapes (section IV-A): 1024x2048 images, 32x64 superpixels.
@@ -51,8 +51,8 @@ class SuperpixelTransformer(nn.Module):
         residual: adds every pixel's own logits to those of its superpixels. Not in the paper: what is thinner than a
             superpixel, a pole or a sign, has none to take its class from.
 
-    Raises ValueError for numbers that are not whole and above 0 (layers: from 0), strides and heads that do not divide,
-    a superpixel stride above MAX_STRIDE, an unknown backbone or association.
+    Raises ValueError for numbers that are not whole and above 0 (layers: from 0; strides: to MAX_STRIDE), strides and
+    heads that do not divide, an unknown backbone or association.
     """
 
     def __init__(
@@ -71,15 +71,11 @@ class SuperpixelTransformer(nn.Module):
         residual: bool = False,
     ) -> None:
         super().__init__()
-        check_whole(
-            channels=channels, pixel_stride=pixel_stride, superpixel_stride=superpixel_stride,
-            local_heads=local_heads, global_heads=global_heads,
-        )  # fmt: skip
+        check_whole(channels=channels, local_heads=local_heads, global_heads=global_heads)
+        check_whole(1, MAX_STRIDE, pixel_stride=pixel_stride, superpixel_stride=superpixel_stride)
         check_whole(0, local_layers=local_layers, global_layers=global_layers)
-        check_count(2, grid=grid)
+        check_list(2, grid=grid)
         check_flags(residual=residual)
-        if superpixel_stride > MAX_STRIDE:
-            raise ValueError(f"superpixel stride {superpixel_stride}; give one up to {MAX_STRIDE}")
         if superpixel_stride % pixel_stride:
             raise ValueError(f"superpixel stride {superpixel_stride} is no multiple of the pixel stride {pixel_stride}")
         for name, heads in {"local_heads": local_heads, "global_heads": global_heads}.items():

@@ -107,11 +107,7 @@ class Bundle:
         return {
             "format": FORMAT,
             "name": self.name,
-            "classes": {
-                "name": self.classes.name,
-                "names": list(self.classes.names),
-                "palette": [list(colour) for colour in self.classes.palette],
-            },
+            "classes": self.classes.as_data(),
             "scale": self.scale,
             "native_size": list(self.native_size),
             "entropy_threshold": self.entropy_threshold,
@@ -257,13 +253,9 @@ def _checked(path: Path, data: Mapping[str, Any]) -> Bundle:
 
 
 def _parse(path: Path, data: Mapping[str, Any]) -> Bundle:
-    listed = data["classes"]
-    names, palette = listed["names"], listed["palette"]
-    if not (isinstance(names, list) and 2 <= len(names) <= 255):  # before a look at any of them
-        raise ValueError(f"{len(names)} classes; expected 2 to 255")
-    if not isinstance(palette, list) or not all(_is_colour(c) for c in palette):
-        raise ValueError("palette; expected a list of [red, green, blue], each 0 to 255")
-    classes = ClassList(str(listed["name"]), tuple(str(n) for n in names), tuple(tuple(c) for c in palette))
+    classes = ClassList.from_data(data["classes"])
+    if len(classes) < 2:
+        raise ValueError("1 class; expected 2 at least")
     scale, threshold = float(data["scale"]), float(data["entropy_threshold"])
     if not 0 < scale <= 1:
         raise ValueError(f"scale {scale}; expected above 0 and at most 1")
@@ -284,10 +276,6 @@ def _parse(path: Path, data: Mapping[str, Any]) -> Bundle:
         path, str(data["name"]), classes, scale, (height, width), _spec("dense", data["dense"]), refiner, native,
         threshold, temperature, dict(data.get("calibration") or {}), dict(data.get("provenance") or {}),
     )  # fmt: skip
-
-
-def _is_colour(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(type(v) is int and 0 <= v <= 255 for v in value)
 
 
 def _spec(key: str, data: Any) -> NetworkSpec:

@@ -248,11 +248,8 @@ def drop_unused(folder: Path, pattern: str, kept: Path) -> None:
             used.append((path != kept, -path.stat().st_mtime_ns, path))
     for *_, path in sorted(used)[MAX_FILES:]:
         logger.info("removing %s, which has not been used for longest", path)
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                path.unlink()
+        with suppress(OSError):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
 def _touch(path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from sparserefine_ros.datasets.base import Sample
 from sparserefine_ros.datasets.splits import load_split
+from sparserefine_ros.evaluation import files
 from sparserefine_ros.evaluation.compare import save_json
 from sparserefine_ros.segmenter.bundle import Bundle
 
@@ -51,7 +52,6 @@ def write(report: Report, setting: Setting, out: Path) -> Path:
     """Writes NAME.md, NAME.json and NAME.png into ``out``; returns the first."""
     from matplotlib.figure import Figure  # imported late: slow, and only drawing needs it
 
-    out.mkdir(parents=True, exist_ok=True)
     height, width = setting.val[0].image.shape[:2]
     facts = {
         "study": report.name, "command": setting.command, "bundle": setting.bundle.name, "frames": len(setting.val),
@@ -62,7 +62,7 @@ def write(report: Report, setting: Setting, out: Path) -> Path:
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     report.draw(figure)
     figure.suptitle(f"{setting.bundle.name}: {report.title}")
-    figure.savefig(out / f"{report.name}.png", dpi=110)
+    files.write_figure(out / f"{report.name}.png", figure)
     lines = [
         f"# {report.title}", "", f"    {setting.command}", "",
         f"Bundle {setting.bundle.name}, {len(setting.val)} validation frames of {width}x{height}, threshold "
@@ -71,7 +71,7 @@ def write(report: Report, setting: Setting, out: Path) -> Path:
         *table(report.header, report.cells), "", report.note, "", f"![{report.title}]({report.name}.png)",
     ]  # fmt: skip
     file = out / f"{report.name}.md"
-    file.write_text("\n".join(lines) + "\n", "utf-8")
+    files.write_text(file, "\n".join(lines) + "\n")
     return file
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sparserefine_ros.whole_files import whole
+from sparserefine_ros.evaluation import files
 
 
 def draw_curves(log: Path, file: Path) -> None:
@@ -26,5 +26,4 @@ def draw_curves(log: Path, file: Path) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.suptitle(log.stem)
-    with whole(file) as partial:
-        figure.savefig(partial, dpi=110)
+    files.write_figure(file, figure)
