@@ -10,6 +10,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -247,3 +248,27 @@ def test_ctrl_c_during_a_take_leaves_the_memory_whole(ros: tuple[Node, SingleThr
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["True"] * 3
+
+
+WITHOUT_RCLPY = """
+import sys
+from unittest.mock import MagicMock
+for name in ("callback_groups", "impl.implementation_singleton", "node", "subscription", "waitable"):
+    sys.modules["rclpy." + name] = MagicMock()
+from sparserefine_ros.node import serialized
+print(serialized.RCL)
+"""
+
+
+@DIRECT
+def test_a_library_that_rclpy_has_not_loaded_is_not_called() -> None:
+    """Another ROS that is sourced beside an rclpy whose libraries have names of their own."""
+    mapped = {Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    folders = {str(path.parent) for path in mapped if ".so" in path.name}
+    environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(folders)}
+    found = [sys.executable, "-c", "import ctypes; ctypes.CDLL('librcl.so')"]
+    subprocess.run(found, env=environment, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RCLPY], env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "None"

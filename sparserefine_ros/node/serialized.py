@@ -10,6 +10,7 @@ does it.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,8 @@ class _Rcl:
     """The functions; OSError or AttributeError where there are none."""
 
     def __init__(self) -> None:
-        rcl, rcutils = ctypes.CDLL("librcl.so"), ctypes.CDLL("librcutils.so")  # rclpy has loaded both
+        # Those that rclpy has loaded, or none: its handles mean nothing to another installation's.
+        rcl, rcutils = (ctypes.CDLL(f"lib{name}.so", mode=os.RTLD_NOLOAD) for name in ("rcl", "rcutils"))
         array = ctypes.POINTER(_Array)
         self.take, self.publish = rcl.rcl_take_serialized_message, rcl.rcl_publish_serialized_message
         self.take.argtypes = [ctypes.c_void_p, array, ctypes.c_void_p, ctypes.c_void_p]
