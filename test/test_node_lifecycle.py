@@ -206,24 +206,37 @@ def test_six_cameras_share_the_model(by_hand: Any) -> None:
     publishers = {name: client.node.create_publisher(Image, f"/{name}/image", RELIABLE) for name in SIX}
     client.until(lambda: all(p.get_subscription_count() for p in publishers.values()), "six subscriptions")
     message = frame(client, "all", image)
-    end = time.monotonic() + 2.0
-    while time.monotonic() < end:
-        for name, publisher in publishers.items():
-            for _ in range(5 if name == SIX[0] else 1):
-                offer(publisher, message)  # on a busy machine DDS may refuse it
-        time.sleep(0.01)
     quiet = ("received", "processed", "dropped")
 
     def counted() -> dict[str, dict[str, int]]:
         told = statuses(client)
         return {name: {key: int(told[f"camera {name}"][key]) for key in quiet} for name in SIX}
 
-    client.until(lambda: all(c["received"] == c["processed"] + c["dropped"] for c in counted().values()), "all to end")
-    counts = counted()
-    processed = [count["processed"] for count in counts.values()]
-    share = sum(processed) / len(SIX)
-    # Served as they come, the fast camera would have half of all, three shares.
-    assert min(processed) > 0.5 * share - 1 and max(processed) < 1.5 * share + 2, counts
+    def ended() -> bool:
+        return all(c["received"] == c["processed"] + c["dropped"] for c in counted().values())
+
+    def all_known() -> bool:
+        """A publisher knows its subscriber before it is known itself; until then its frames are lost."""
+        for publisher in publishers.values():
+            offer(publisher, message)
+        return all(count["processed"] for count in counted().values())
+
+    client.until(all_known, "a frame of each camera")
+    client.until(ended, "all to end")
+    before = counted()
+    end = time.monotonic() + 2.0
+    while time.monotonic() < end:
+        for name, publisher in publishers.items():
+            for _ in range(5 if name == SIX[0] else 1):
+                offer(publisher, message)  # on a busy machine DDS may refuse it
+        time.sleep(0.01)
+    client.until(ended, "all to end")
+    after = counted()
+    counts = {name: {key: after[name][key] - before[name][key] for key in quiet} for name in SIX}
+    most = max(count["processed"] for count in counts.values())
+    # Served as they come, the fast camera would have five times as many as another. Where this process is held up the
+    # model has time to spare, and the fast camera may have that: the others then have all that came of theirs.
+    assert all(count["processed"] > 0.4 * min(count["received"], most) - 1 for count in counts.values()), counts
     assert sum(count["dropped"] for count in counts.values()) > 0, "the test must overload the node"
 
 

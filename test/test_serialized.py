@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import os
+import subprocess
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -131,14 +135,13 @@ def test_a_subscription_that_goes_hands_over_nothing_more(line: Line) -> None:
 @DIRECT
 def test_nothing_to_take_is_none(ros: tuple[Node, SingleThreadedExecutor]) -> None:
     line = Line(*ros, "/empty")
-    assert serialized.RCL is not None
-    taker = serialized.Taker(serialized.RCL)
-    assert taker.take(line.subscription) is None
+    rcl = serialized.RCL
+    assert rcl is not None and serialized.take(line.subscription, rcl) is None
     message = line.send(0, (8, 8))
     deadline = time.monotonic() + 15
-    while (got := taker.take(line.subscription)) is None:
+    while (got := serialized.take(line.subscription, rcl)) is None:
         assert time.monotonic() < deadline
-    assert bytes(got) == message and taker.take(line.subscription) is None
+    assert bytes(got) == message and serialized.take(line.subscription, rcl) is None
     line.close()
 
 
@@ -147,12 +150,12 @@ def test_without_memory_a_message_is_lost_and_the_next_is_not(
     ros: tuple[Node, SingleThreadedExecutor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = Line(*ros, "/short")
-
-    def none(*_: Any) -> np.ndarray:
-        raise MemoryError
-
+    assert serialized.RCL is not None
+    reallocate = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)(lambda *_: None)
+    allocator = serialized._Allocator.from_buffer_copy(serialized.RCL.allocator)
+    allocator.reallocate = ctypes.cast(reallocate, ctypes.c_void_p)
     with monkeypatch.context() as patch:
-        patch.setattr(serialized, "np", SimpleNamespace(empty=none, frombuffer=np.frombuffer, uint8=np.uint8))
+        patch.setattr(serialized.RCL, "allocator", allocator)
         line.send(0, (8, 8))
         for _ in range(20):
             line.executor.spin_once(timeout_sec=0.02)
@@ -173,3 +176,99 @@ def test_what_rcl_refuses_is_an_error_that_names_the_topic(
     line.close()
     with pytest.raises(serialized.InvalidHandle):  # as rclpy does
         line.send(0, (8, 8))
+
+
+@DIRECT
+def test_a_publisher_that_goes_while_it_publishes_has_published(
+    ros: tuple[Node, SingleThreadedExecutor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The executor forgets a camera while the worker is in rcl."""
+    line = Line(*ros, "/going")
+    rcl = serialized.RCL
+    assert rcl is not None
+    publish, codes = rcl.publish, []
+
+    def publish_and_go(*arguments: Any) -> int:
+        codes.append(publish(*arguments))
+        line.node.destroy_publisher(line.publisher)
+        return codes[-1]
+
+    monkeypatch.setattr(rcl, "publish", publish_and_go)
+    line.send(0, (8, 8))
+    assert codes == [0]
+    line.close()
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+import numpy as np, rclpy
+from rclpy.node import Node
+from rclpy.qos import QoSProfile
+from sensor_msgs.msg import Image
+from sparserefine_ros.node import serialized
+class Interrupted(Exception):
+    pass
+def interrupt(*_):
+    raise Interrupted
+rclpy.init(domain_id=int(sys.argv[1]))
+node = Node("interrupted")
+publisher, subscription = node.create_publisher(Image, "t", 5), node.create_subscription(Image, "t", print, 5, raw=True)
+while not publisher.get_subscription_count():
+    time.sleep(0.01)
+message = np.random.default_rng(0).integers(0, 256, 6 << 20, np.uint8).tobytes()
+signal.signal(signal.SIGUSR1, interrupt)
+main, whole, interrupted = threading.main_thread().ident, 0, 0
+for i in range(100):
+    serialized.publish(publisher, message)
+    kick = threading.Timer(1e-4 * (i % 20), signal.pthread_kill, (main, signal.SIGUSR1))
+    try:
+        kick.start()
+        while (got := serialized.take(subscription, serialized.RCL)) is None:
+            pass
+        assert got == message
+        whole += 1
+        kick.join()
+    except Interrupted:
+        interrupted += 1
+while serialized.take(subscription, serialized.RCL):  # those whose wait was interrupted
+    pass
+serialized.publish(publisher, message)
+while (got := serialized.take(subscription, serialized.RCL)) is None:
+    pass
+print(got == message, whole + interrupted >= 100, interrupted > 0)
+"""
+
+
+@DIRECT
+def test_ctrl_c_during_a_take_leaves_the_memory_whole(ros: tuple[Node, SingleThreadedExecutor]) -> None:
+    """A signal whose handler raises, at any moment of a take: an exception in Python, not a crash in C."""
+    run = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(ros[0].context.get_domain_id())],
+        capture_output=True, text=True, timeout=60, env=os.environ,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["True"] * 3
+
+
+WITHOUT_RCLPY = """
+import sys
+from unittest.mock import MagicMock
+for name in ("callback_groups", "impl.implementation_singleton", "node", "subscription", "waitable"):
+    sys.modules["rclpy." + name] = MagicMock()
+from sparserefine_ros.node import serialized
+print(serialized.RCL)
+"""
+
+
+@DIRECT
+def test_a_library_that_rclpy_has_not_loaded_is_not_called() -> None:
+    """Another ROS that is sourced beside an rclpy whose libraries have names of their own."""
+    mapped = {Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    folders = {str(path.parent) for path in mapped if ".so" in path.name}
+    environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(folders)}
+    found = [sys.executable, "-c", "import ctypes; ctypes.CDLL('librcl.so')"]
+    subprocess.run(found, env=environment, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RCLPY], env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "None"

@@ -1,14 +1,16 @@
 """Serialized messages taken and published without rclpy's copies, by librcl's own functions.
 
 rclpy makes a `bytes` of every message taken and a string of every one published, a copy of the whole image each, and
-holds the GIL while the middleware makes its own. Here a message is taken into memory that numpy owns, and published
-from where it lies, while Python goes on. What is called is C and the same from humble to kilted (rcl/subscription.h,
-rcl/publisher.h, rcutils/types/uint8_array.h); where the libraries are not found, rclpy does it.
+holds the GIL while the middleware makes its own. Here a message stays in the memory that rcl takes it into, until
+nobody holds it, and is published from where it lies, while Python goes on. What is called is C and the same from humble
+to kilted (rcl/subscription.h, rcl/publisher.h, rcutils/types/uint8_array.h); where the libraries are not found, rclpy
+does it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +25,7 @@ NOTHING_TAKEN = 401  # RCL_RET_SUBSCRIPTION_TAKE_FAILED: another message of a bu
 RCLError: type[Exception] = rclpy_implementation.RCLError
 InvalidHandle: type[Exception] = rclpy_implementation.InvalidHandle
 
-_Reallocate = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+_Deallocate = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
 
 
 class _Allocator(ctypes.Structure):
@@ -47,7 +49,8 @@ class _Rcl:
     """The functions; OSError or AttributeError where there are none."""
 
     def __init__(self) -> None:
-        rcl, rcutils = ctypes.CDLL("librcl.so"), ctypes.CDLL("librcutils.so")  # rclpy has loaded both
+        # Those that rclpy has loaded, or none: its handles mean nothing to another installation's.
+        rcl, rcutils = (ctypes.CDLL(f"lib{name}.so", mode=os.RTLD_NOLOAD) for name in ("rcl", "rcutils"))
         array = ctypes.POINTER(_Array)
         self.take, self.publish = rcl.rcl_take_serialized_message, rcl.rcl_publish_serialized_message
         self.take.argtypes = [ctypes.c_void_p, array, ctypes.c_void_p, ctypes.c_void_p]
@@ -58,11 +61,12 @@ class _Rcl:
         default = rcutils.rcutils_get_default_allocator
         default.restype = _Allocator
         self.allocator = default()
+        self.free = _Deallocate(self.allocator.deallocate)
 
-    def check(self, code: int, what: str) -> None:
+    def check(self, code: int, what: str, endpoint: Any) -> None:
         if code:
             self.forget_error()  # else the next failure complains that it overwrites this one
-            raise RCLError(f"{what}: rcl returns {code}")
+            raise RCLError(f"{what} {endpoint.topic_name}: rcl returns {code}")
 
 
 def _library() -> _Rcl | None:
@@ -83,39 +87,36 @@ def publish(publisher: Any, message: bytes) -> None:
     data = np.frombuffer(message, np.uint8)
     array = _Array(data.ctypes.data, data.size, data.size, RCL.allocator)
     with publisher.handle:  # it is not destroyed meanwhile
-        RCL.check(RCL.publish(publisher.handle.pointer, array, None), f"cannot publish on {publisher.topic_name}")
+        RCL.check(RCL.publish(publisher.handle.pointer, array, None), "cannot publish on", publisher)
 
 
-class Taker:
-    """Takes the messages of a subscription, each into memory of its own. Not thread-safe."""
+class _Memory:
+    """What rcl has allocated for a message; freed with the last array that lies in it."""
 
-    def __init__(self, rcl: _Rcl) -> None:
-        self._rcl = rcl
-        self._memory: np.ndarray | None = None
-        self._reallocate = _Reallocate(self._make_room)  # must outlive the allocator
-        self._allocator = _Allocator.from_buffer_copy(rcl.allocator)
-        self._allocator.reallocate = ctypes.cast(self._reallocate, ctypes.c_void_p)
+    def __init__(self, array: _Array, free: Callable[[int, None], None]) -> None:
+        self._address, self._free = array.buffer, free
+        data = (array.buffer, True)  # read-only
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (array.length,), "data": data}
 
-    def take(self, subscription: Any) -> memoryview | None:
-        """The next message, read-only; None where there is none. RCLError where the middleware fails."""
-        array = _Array(None, 0, 0, self._allocator)
-        with subscription.handle:
-            code = self._rcl.take(subscription.handle.pointer, array, None, None)
-        memory, self._memory = self._memory, None
-        if code == NOTHING_TAKEN:
-            self._rcl.forget_error()
-            return None
-        self._rcl.check(code, f"cannot take a message from {subscription.topic_name}")
-        return memory[: array.length].data.toreadonly() if memory is not None else memoryview(b"")
+    def __del__(self) -> None:
+        self._free(self._address, None)
 
-    def _make_room(self, old: int | None, size: int, state: int | None) -> int | None:
-        """What rcl calls once it knows a message's size; nothing lies at `old` yet. None, and the take fails, where
-        there is no memory."""
-        try:
-            self._memory = np.empty(size, np.uint8)
-        except MemoryError:
-            return None
-        return self._memory.ctypes.data
+
+def take(subscription: Any, rcl: _Rcl) -> memoryview | None:
+    """The next message, read-only; None where there is none. RCLError where the middleware fails.
+
+    The memory is rcl's, not numpy's: an allocator in Python may be interrupted by a signal's handler that raises, as
+    Ctrl-C does, and C would then write to wherever its undefined result points.
+    """
+    array = _Array(None, 0, 0, rcl.allocator)
+    with subscription.handle:
+        code = rcl.take(subscription.handle.pointer, array, None, None)
+    memory = _Memory(array, rcl.free) if array.buffer else None
+    if code == NOTHING_TAKEN:
+        rcl.forget_error()
+        return None
+    rcl.check(code, "cannot take a message from", subscription)
+    return np.asarray(memory).data if memory is not None else memoryview(b"")
 
 
 class ByHand(ReentrantCallbackGroup):
@@ -130,7 +131,7 @@ class Feed(Waitable):  # type: ignore[type-arg]
 
     def __init__(self, node: Node, subscription: Any, callback: Callable[[memoryview], None], rcl: _Rcl) -> None:
         super().__init__(node.default_callback_group)
-        self._node, self._subscription, self._callback, self._taker = node, subscription, callback, Taker(rcl)
+        self._node, self._subscription, self._callback, self._rcl = node, subscription, callback, rcl
         self._entered = False
         self._index: int | None = None
         node.add_waitable(self)
@@ -159,7 +160,7 @@ class Feed(Waitable):  # type: ignore[type-arg]
 
     def take_data(self) -> memoryview | None:
         try:
-            return self._taker.take(self._subscription)
+            return take(self._subscription, self._rcl)
         except InvalidHandle:  # destroyed since it was ready
             return None
         except RCLError as error:  # costs this message alone
