@@ -20,14 +20,14 @@ pytest.importorskip("rclpy")
 
 import rclpy  # noqa: E402
 from rclpy.context import Context  # noqa: E402
-from rclpy.executors import SingleThreadedExecutor  # noqa: E402
+from rclpy.executors import Executor, SingleThreadedExecutor  # noqa: E402
 from rclpy.node import Node  # noqa: E402
 from rclpy.qos import QoSProfile, ReliabilityPolicy  # noqa: E402
 from ros_client import isolated  # noqa: E402
 from sensor_msgs.msg import Image  # noqa: E402
 
 from sparserefine_ros.evaluation.bag_messages import image_message, stamp_ns  # noqa: E402
-from sparserefine_ros.node import qos, serialized  # noqa: E402
+from sparserefine_ros.node import serialized  # noqa: E402
 from sparserefine_ros.node.qos import QosWatch  # noqa: E402
 
 RELIABLE = QoSProfile(depth=20, reliability=ReliabilityPolicy.RELIABLE)
@@ -37,7 +37,7 @@ DIRECT = pytest.mark.skipif(serialized.RCL is None, reason="librcl cannot be cal
 class Line:
     """A publisher and a subscription of `QosWatch` on one topic, spun by hand."""
 
-    def __init__(self, node: Node, executor: SingleThreadedExecutor, topic: str) -> None:
+    def __init__(self, node: Node, executor: Executor, topic: str) -> None:
         self.node, self.executor, self.watch = node, executor, QosWatch(node)
         self.got: list[Any] = []
         self.publisher = node.create_publisher(Image, topic, RELIABLE)
@@ -81,7 +81,6 @@ def line(
 ) -> Iterator[Line]:
     if request.param == "rclpy":
         monkeypatch.setattr(serialized, "RCL", None)
-        monkeypatch.setattr(qos, "RCL", None)
     made = Line(*ros, f"/{request.node.originalname}_{request.param}")
     yield made
     made.close()
@@ -199,6 +198,24 @@ def test_a_publisher_that_goes_while_it_publishes_has_published(
     line.close()
 
 
+def test_an_events_executor_gets_every_message_from_rclpy(ros: tuple[Node, SingleThreadedExecutor]) -> None:
+    experimental = pytest.importorskip("rclpy.experimental")
+    context = Context()
+    rclpy.init(context=context, domain_id=ros[0].context.get_domain_id())
+    node, executor = Node("events", context=context), experimental.EventsExecutor(context=context)
+    executor.add_node(node)
+    line = Line(node, executor, "/events")
+    sent = []
+    for seed in range(3):
+        sent.append(line.send(seed, (8, 8)))
+        line.until(lambda: len(line.got) == len(sent))
+    assert [bytes(got) for got in line.got] == sent
+    line.close()
+    executor.shutdown()
+    node.destroy_node()
+    context.try_shutdown()
+
+
 INTERRUPTED = """
 import os, signal, sys, threading, time
 import numpy as np, rclpy
@@ -253,7 +270,7 @@ def test_ctrl_c_during_a_take_leaves_the_memory_whole(ros: tuple[Node, SingleThr
 WITHOUT_RCLPY = """
 import sys
 from unittest.mock import MagicMock
-for name in ("callback_groups", "impl.implementation_singleton", "node", "subscription", "waitable"):
+for name in ("callback_groups", "executors", "impl.implementation_singleton", "node", "subscription", "waitable"):
     sys.modules["rclpy." + name] = MagicMock()
 from sparserefine_ros.node import serialized
 print(serialized.RCL)

@@ -25,7 +25,7 @@ from rclpy.qos_overriding_options import InvalidQosOverridesError, QoSOverriding
 
 from sparserefine_ros.errors import ParameterError
 from sparserefine_ros.node.declare import overrides
-from sparserefine_ros.node.serialized import RCL, ByHand, Feed
+from sparserefine_ros.node.serialized import ByHand, Feed, for_executor
 
 try:
     from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
@@ -91,13 +91,14 @@ class QosWatch:
                 lambda: self.node.count_publishers(subscription.topic_name) > _connected(self.node, subscription),
             )
 
+        rcl = for_executor(self.node.executor)
         subscription = self._made(
             lambda options: self.node.create_subscription(
                 kind,
                 topic,
                 lambda message: callback(memoryview(message)),
                 _copy(qos),
-                callback_group=ByHand() if RCL else None,
+                callback_group=ByHand() if rcl else None,
                 event_callbacks=SubscriptionEventCallbacks(incompatible_qos=incompatible),
                 qos_overriding_options=options,
                 raw=True,
@@ -105,8 +106,8 @@ class QosWatch:
             topic,
             "subscription",
         )
-        if RCL:
-            self._feeds[subscription] = Feed(self.node, subscription, callback, RCL)
+        if rcl:
+            self._feeds[subscription] = Feed(self.node, subscription, callback, rcl)
         return subscription
 
     def forget(self, endpoint: Any) -> None:

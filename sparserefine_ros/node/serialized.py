@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from rclpy.callback_groups import ReentrantCallbackGroup
+from rclpy.executors import Executor
 from rclpy.impl.implementation_singleton import rclpy_implementation
 from rclpy.node import Node
 from rclpy.subscription import Subscription
@@ -77,6 +78,12 @@ def _library() -> _Rcl | None:
 
 
 RCL = _library()
+
+
+def for_executor(executor: Executor | None) -> _Rcl | None:
+    """The functions, where that executor leaves taking to us. Kilted's EventsExecutor, which is no `Executor`, heeds no
+    callback groups and fails at the second entity of one subscription."""
+    return RCL if executor is None or isinstance(executor, Executor) else None
 
 
 def publish(publisher: Any, message: bytes) -> None:
