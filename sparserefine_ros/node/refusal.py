@@ -15,7 +15,7 @@ from sparserefine_ros.node.serialized import publish
 def offer(publisher: Any, message: Any) -> bool:
     """Publishes; False where the message was refused, which costs it alone."""
     try:
-        if isinstance(message, bytes):
+        if isinstance(message, (bytes, bytearray)):
             publish(publisher, message)
         else:
             publisher.publish(message)

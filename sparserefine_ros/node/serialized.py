@@ -86,10 +86,10 @@ def for_executor(executor: Executor | None) -> _Rcl | None:
     return RCL if executor is None or isinstance(executor, Executor) else None
 
 
-def publish(publisher: Any, message: bytes) -> None:
+def publish(publisher: Any, message: bytes | bytearray) -> None:
     """Publishes a serialized message; RCLError where the middleware refuses it."""
     if RCL is None:
-        publisher.publish(message)
+        publisher.publish(bytes(message))
         return
     data = np.frombuffer(message, np.uint8)
     array = _Array(data.ctypes.data, data.size, data.size, RCL.allocator)
