@@ -13,10 +13,10 @@ result = json.load(open(sys.argv[1]))
 memory, frames = result["memory"], result["frames"]
 grown = {name: memory[f"{name}_first_last"][1] - memory[f"{name}_first_last"][0] for name in ("rss_mb", "handles")}
 height, width = result["camera"]["size"]
-history_mb = 5 * height * width * 3 / 2**20  # of qos_depth frames: where a stall once fills it, it keeps its buffers
+frame_mb = height * width * 3 / 2**20  # queues that once hold one frame more keep its buffer
 wrong = [
     *(["frames were lost: %d of %d" % (frames["lost"], frames["sent"])] if frames["lost"] > 0.001 * frames["sent"] else []),
-    *(["memory grew by %.1f MB in half the run" % grown["rss_mb"]] if grown["rss_mb"] > history_mb + 1 else []),
+    *(["memory grew by %.1f MB in half the run" % grown["rss_mb"]] if grown["rss_mb"] > 2 * frame_mb + 1 else []),
     *(["handles grew by %d in half the run" % grown["handles"]] if grown["handles"] > 2 else []),
 ]
 sys.exit("; ".join(wrong) or None)
