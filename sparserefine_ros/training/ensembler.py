@@ -7,37 +7,25 @@ no weight, it learns how far each of the two predictions can be believed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from sparserefine_ros.datasets.base import Sample
-from sparserefine_ros.datasets.classes import ClassList
 from sparserefine_ros.networks.ensemblers import build_ensembler
 from sparserefine_ros.networks.refiner import SparseRefiner
-from sparserefine_ros.training.recipe import StageRecipe
 from sparserefine_ros.training.refiner import RefinerTask
 
 
 class EnsemblerTask(RefinerTask):
-    """A new ensembler, the recipe's network, as the module that learns; all else of ``refiner`` stays as it is."""
+    """A new ensembler, the recipe's network, as the module that learns; all else of ``refiner`` stays as it is.
 
-    def __init__(
-        self,
-        refiner: nn.Module,
-        dense: nn.Module,
-        classes: ClassList,
-        train: Sequence[Sample],
-        val: Sequence[Sample],
-        recipe: StageRecipe,
-        scale: float,
-        threshold: float,
-        device: torch.device,
-    ) -> None:
+    Takes what `RefinerTask` takes.
+    """
+
+    def __init__(self, refiner: nn.Module, *args: Any) -> None:
         assert isinstance(refiner, SparseRefiner)
-        ensembler = build_ensembler(recipe.network, len(classes))
-        super().__init__(ensembler, dense, classes, train, val, recipe, scale, threshold, device)
+        super().__init__(refiner, *args)
+        self.module = build_ensembler(self.recipe.network, len(self.classes))
         self.refiner = refiner.to(self.device).eval()
         for part in (refiner.unet, refiner.classifier):
             part.requires_grad_(False)
