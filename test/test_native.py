@@ -234,6 +234,17 @@ def test_a_cache_that_cannot_be_written_is_replaced(tmp_path: Path, monkeypatch:
     assert folder.is_dir() and stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
+def test_a_cache_that_cannot_be_written_is_read(own_cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the image of a container brings it."""
+    load(source), load(native.PARALLEL)
+    load.cache_clear()
+    access = os.access
+    monkeypatch.setattr(native.os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    monkeypatch.delattr(native, "_compile")
+    assert torch.equal(mark(load(source), 100, 7), torch.arange(100))
+    assert native.cache_folder() != own_cache
+
+
 def test_a_temporary_folder_goes_with_its_process(tmp_path: Path) -> None:
     """A service without a home starts again and again."""
     (tmp_path / "file").write_text("")

@@ -41,19 +41,19 @@ class NativeError(SparseRefineError):
 def load(source: Path) -> ctypes.CDLL:
     """The library of one C file. Raises NativeError where it cannot be had.
 
-    Compiled once for each source, compiler and CPU, and anew where what was kept cannot be loaded. Processes that
-    compile at the same time do not disturb each other.
+    Compiled once for each source, compiler and CPU, and anew where what was kept cannot be loaded; the user's cache is
+    read also where it cannot be written. Processes that compile at the same time do not disturb each other.
     """
     compiler = _compiler()
     command = [*compiler, *FLAGS, *NATIVE.get(platform.machine(), ())]
     key = hashlib.sha256("\0".join([source.read_text(), *command, _version(tuple(compiler)), _cpu()]).encode())
+    name = f"{source.stem}-{key.hexdigest()[:16]}.so"
+    with suppress(OSError):  # none there, or damaged: a power cut, a full disk
+        return ctypes.CDLL(str(_users_cache() / name))
     try:
-        library = cache_folder() / f"{source.stem}-{key.hexdigest()[:16]}.so"
+        library = cache_folder() / name
     except OSError as error:  # not even a temporary one, as in a container that is read-only
         raise NativeError(f"no folder for kernels: {error}; set XDG_CACHE_HOME to one that can be written") from error
-    if library.exists():
-        with suppress(OSError):  # damaged: a power cut, a full disk
-            return ctypes.CDLL(str(library))
     try:
         _compile(command, source, library)
     except OSError as error:
@@ -83,13 +83,21 @@ def cache_folder() -> Path:
 
     The latter goes with the process. Raises OSError where not even that can be had.
     """
-    base = os.environ.get("XDG_CACHE_HOME")
     try:
-        folder = (Path(base) if base else Path.home() / ".cache") / "sparserefine_ros"
+        folder = _users_cache()
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+    except OSError:
         return _temporary_folder()
     return folder if os.access(folder, os.W_OK) else _temporary_folder()
+
+
+def _users_cache() -> Path:
+    """It may not be there, or be read-only. OSError for a user without a home."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "sparserefine_ros"
+    except RuntimeError as error:
+        raise FileNotFoundError(str(error)) from error
 
 
 @cache

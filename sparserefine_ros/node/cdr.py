@@ -15,6 +15,7 @@ import struct
 import sys
 import warnings
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from sensor_msgs.msg import CompressedImage, Image
@@ -24,6 +25,10 @@ from sparserefine_ros.errors import FrameError
 
 # Nobody writes into a frame; torch cannot know.
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+
+
+Frame: TypeAlias = bytes | memoryview
+"""A serialized message."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class CompressedView:
     data: memoryview
 
 
-def read_message(frame: bytes | memoryview, kind: type[Image | CompressedImage]) -> ImageView | CompressedView:
+def read_message(frame: Frame, kind: type[Image | CompressedImage]) -> ImageView | CompressedView:
     """The fields of a message of type `kind`; FrameError for what is no complete one in plain CDR."""
     if len(frame) < 4 or frame[0] != 0 or frame[1] > 1:
         raise FrameError(
@@ -85,14 +90,14 @@ def _padded(fields: bytes) -> bytes:
     return fields + bytes(-len(fields) % 4)
 
 
-def _header(frame: bytes | memoryview, order: str) -> tuple[Header, int]:
+def _header(frame: Frame, order: str) -> tuple[Header, int]:
     header = Header()
     header.stamp.sec, header.stamp.nanosec = struct.unpack_from(f"{order}iI", frame, 4)
     header.frame_id, at = _string(frame, 12, order)
     return header, at
 
 
-def _image(frame: bytes | memoryview, header: Header, at: int, order: str) -> ImageView:
+def _image(frame: Frame, header: Header, at: int, order: str) -> ImageView:
     at = _aligned(at)
     height, width = struct.unpack_from(f"{order}II", frame, at)
     encoding, at = _string(frame, at + 8, order)
@@ -101,12 +106,12 @@ def _image(frame: bytes | memoryview, header: Header, at: int, order: str) -> Im
     return ImageView(header, height, width, encoding, is_bigendian, step, _bytes(frame, at + 4, order))
 
 
-def _compressed(frame: bytes | memoryview, header: Header, at: int, order: str) -> CompressedView:
+def _compressed(frame: Frame, header: Header, at: int, order: str) -> CompressedView:
     text, at = _string(frame, _aligned(at), order)
     return CompressedView(header, text, _bytes(frame, _aligned(at), order))
 
 
-def _string(frame: bytes | memoryview, at: int, order: str) -> tuple[str, int]:
+def _string(frame: Frame, at: int, order: str) -> tuple[str, int]:
     """The string at `at`, and where it ends; ValueError where it is none. Its length counts the closing zero."""
     (length,) = struct.unpack_from(f"{order}I", frame, at)
     end = at + 4 + length
@@ -117,7 +122,7 @@ def _string(frame: bytes | memoryview, at: int, order: str) -> tuple[str, int]:
     return str(frame[at + 4 : end - 1], "utf-8"), end
 
 
-def _bytes(frame: bytes | memoryview, at: int, order: str) -> memoryview:
+def _bytes(frame: Frame, at: int, order: str) -> memoryview:
     """The sequence of bytes at `at`; ValueError where it does not lie in the frame."""
     (size,) = struct.unpack_from(f"{order}I", frame, at)
     if at + 4 + size > len(frame):
