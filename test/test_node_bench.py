@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 
 from sparserefine_ros import cli
 from sparserefine_ros.benchmarks import budget_live, budget_simulation, node_cameras
-from sparserefine_ros.benchmarks.node_overhead import Resources
+from sparserefine_ros.benchmarks.node_overhead import Resources, running_on, split_cores
 
 
 def test_bench_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,6 +35,7 @@ def test_bench_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {"cpu", "cores"} <= set(result["hardware"]) and {"rclpy", "rmw", "torch"} <= set(result["versions"])
     said = capsys.readouterr().out
     assert f"| overhead | {result['overhead_ms']['p50']:.2f} |" in said and "96x64 rgb8 at 20 Hz" in said
+    assert result["cores"] == split_cores(False)
 
 
 def test_bench_node_of_several_cameras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,7 +51,28 @@ def test_bench_node_of_several_cameras(tmp_path: Path, capsys: pytest.CaptureFix
         assert row["received"] == row["processed"] + row["dropped"] <= row["sent"]
         assert 0 < row["masks"] <= row["processed"] and row["stamp_to_publish_ms"]["p50"] > 0
     assert result["by_camera"]["strays"] == 0 and result["camera"]["cameras"] == 3
+    assert result["cores"] == split_cores(True)
     assert "8 Hz from each of 3 cameras for 0.5 s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("cores", "share", "camera", "node"),
+    [({3}, False, [3], [3]), ({2, 5, 7}, False, [2], [5, 7]), ({2, 5, 7}, True, [2, 5, 7], [2, 5, 7])],
+)
+def test_a_camera_has_a_core_to_itself(
+    monkeypatch: pytest.MonkeyPatch, cores: set[int], share: bool, camera: list[int], node: list[int]
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores)
+    assert split_cores(share) == {"camera": camera, "node": node}
+
+
+def test_what_is_started_on_a_core_stays_there() -> None:
+    before = os.sched_getaffinity(0)
+    one = {max(before)}
+    with running_on(sorted(one)):
+        read = "import os; print(os.sched_getaffinity(0))"
+        done = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(one) and os.sched_getaffinity(0) == before
 
 
 def test_cameras_are_told_apart() -> None:

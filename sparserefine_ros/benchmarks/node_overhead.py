@@ -3,13 +3,18 @@
 The real node in a process of its own, over real DDS, with a model so small that the segmenter hardly counts. Overhead
 is the time from a frame's stamp to the return of its last publish, less the segmenter's own time: the camera's publish,
 the transport, the wait, decoding, messages, publishing. Run for long it is the soak: memory and handles over time.
+
+A single camera has a core to itself, as a driver on a vehicle's computer mostly finds one. Where it shares them, the
+kernel of the virtual machine that we measured on wakes the receiving thread on the very core where the camera is still
+sending, and leaves it waiting there, over a millisecond, while the other core is idle.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
@@ -84,8 +89,13 @@ def write_trivial_bundle(path: Path, size: tuple[int, int]) -> Path:
     return path
 
 
-def measure(size: tuple[int, int], rate_hz: float, duration_s: float, cameras: int = 1) -> dict[str, Any]:
+def measure(
+    size: tuple[int, int], rate_hz: float, duration_s: float, cameras: int = 1, share_cores: bool = False
+) -> dict[str, Any]:
     """Frames of ``size`` (H, W) rgb8 at ``rate_hz`` from each camera for ``duration_s``; the figures are of all.
+
+    share_cores: leaves camera and node to the scheduler; else the first core is the camera's, all others the node's.
+        Several cameras always share: they keep the node busier than the cores that would be left.
 
     Raises NodeError where the node fails.
     """
@@ -103,9 +113,12 @@ def measure(size: tuple[int, int], rate_hz: float, duration_s: float, cameras: i
     with tempfile.TemporaryDirectory() as folder:
         bundle = write_trivial_bundle(Path(folder) / "trivial", size)
         names = node_cameras.names(cameras) if cameras > 1 else []
+        cores = split_cores(share_cores or cameras > 1)
         parameters: dict[str, Value] = {"model": str(bundle), "device": "cpu", "threads": 1, "cameras": names}
         with (
+            running_on(cores["node"]),
             NodeProcess(parameters, {}, {**environment, "ROS_DOMAIN_ID": str(domain_id)}) as node,
+            running_on(cores["camera"]),
             Camera(domain_id, environment, names=names or [""]) as camera,
         ):
             camera.ready(node.check)
@@ -139,11 +152,31 @@ def measure(size: tuple[int, int], rate_hz: float, duration_s: float, cameras: i
             "cameras": cameras, "hz": rate_hz, "size": list(size), "encoding": "rgb8", "duration_s": duration_s,
             "latest_ms": log.late_s * 1e3,
         },
+        "cores": cores,
         "transport_profile": _profile({**os.environ, **environment}),
         "memory": resources.report(),
         "hardware": hardware(),
         "versions": {**versions(), **ros_versions()},
     }  # fmt: skip
+
+
+def split_cores(share: bool) -> dict[str, list[int]]:
+    """The cores of this process, for camera and node: all for both where they ``share`` them, or there is but one."""
+    cores = sorted(os.sched_getaffinity(0))
+    if share or len(cores) == 1:
+        return {"camera": cores, "node": cores}
+    return {"camera": cores[:1], "node": cores[1:]}
+
+
+@contextmanager
+def running_on(cores: list[int]) -> Iterator[None]:
+    """Where this thread runs meanwhile, and whatever processes and threads it starts."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _profile(environment: Mapping[str, str]) -> str | None:
@@ -169,7 +202,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines.append(
         f"\n{frames['masks']} masks of {frames['sent']} frames, {width}x{height} {camera['encoding']} at "
         f"{camera['hz']:g} Hz {each}for {camera['duration_s']:g} s: {result['rate_hz']:.2f} masks a second; "
-        f"{result['hardware']['cpu']}, {result['hardware']['cores']} cores, {result['versions']['rmw']}."
+        f"{result['hardware']['cpu']}, {_cores(result['cores'])}, {result['versions']['rmw']}."
     )
     if memory["rss_mb_per_hour"] is not None:
         lines.append(
@@ -180,6 +213,13 @@ def markdown(result: dict[str, Any]) -> str:
     if "by_camera" in result:
         lines.append("\n" + node_cameras.markdown(result["by_camera"]))
     return "\n".join(lines)
+
+
+def _cores(cores: Mapping[str, list[int]]) -> str:
+    counts = {name: f"{len(ids)} core" + "s" * (len(ids) > 1) for name, ids in cores.items()}
+    if cores["camera"] == cores["node"]:
+        return f"{counts['node']} for camera and node"
+    return f"{counts['camera']} for the camera, {counts['node']} for the node"
 
 
 def _ms(value: float | None) -> str:

@@ -121,6 +121,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     node.add_argument("--rate", type=float, default=30.0, metavar="HZ", help="of each camera (default: 30)")
     node.add_argument("--cameras", type=int, default=1, metavar="N", help="that share the model (default: 1)")
     node.add_argument("--duration", type=float, default=20.0, metavar="S", help="seconds (default: 20)")
+    node.add_argument(
+        "--share-cores",
+        action="store_true",
+        help="the camera shares the node's cores, as several always do (default: it has one to itself)",
+    )
     node.add_argument("--json", type=Path, help="also save the figures here")
     node.set_defaults(measure=run_node)
     budget = kinds.add_parser("budget", help="the latency budget: live on a bag whose clutter changes, or simulated")
@@ -324,7 +329,7 @@ def run_node(args: argparse.Namespace) -> int:
         raise ParameterError(f"--rate {args.rate:g} --duration {args.duration:g}: give numbers above 0")
     if args.cameras < 1:
         raise ParameterError(f"--cameras {args.cameras}: give 1 or more")
-    result = measure(args.size, args.rate, args.duration, args.cameras)
+    result = measure(args.size, args.rate, args.duration, args.cameras, args.share_cores)
     return _finish(result, markdown(result), args)
 
 
