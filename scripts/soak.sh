@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 file="${1:-soak.json}"
 bash scripts/setup.sh
-.venv/bin/sparserefine bench node --share-cores --duration "${2:-3600}" --json "$file"
+.venv/bin/sparserefine bench node --duration "${2:-3600}" --json "$file"
 .venv/bin/python - "$file" <<'PYTHON'
 import json, sys
 result = json.load(open(sys.argv[1]))

@@ -14,7 +14,7 @@ import pytest
 
 from sparserefine_ros import cli
 from sparserefine_ros.benchmarks import budget_live, budget_simulation, node_cameras
-from sparserefine_ros.benchmarks.node_overhead import Resources, running_on, split_cores
+from sparserefine_ros.benchmarks.node_overhead import Resources, cores_of, running_on
 
 
 def test_bench_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,13 +35,25 @@ def test_bench_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {"cpu", "cores"} <= set(result["hardware"]) and {"rclpy", "rmw", "torch"} <= set(result["versions"])
     said = capsys.readouterr().out
     assert f"| overhead | {result['overhead_ms']['p50']:.2f} |" in said and "96x64 rgb8 at 20 Hz" in said
-    assert result["cores"] == split_cores(False)
+    assert result["cores"] == cores_of(split=False)
 
 
 def test_bench_node_of_several_cameras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("rclpy")
     file = tmp_path / "node.json"
-    arguments = ["bench", "node", "--cameras", "3", "--size", "64x96", "--rate", "8", "--duration", "0.5"]
+    arguments = [
+        "bench",
+        "node",
+        "--cameras",
+        "3",
+        "--size",
+        "64x96",
+        "--rate",
+        "8",
+        "--duration",
+        "0.5",
+        "--split-cores",
+    ]
     assert cli.main([*arguments, "--json", str(file)]) == 0
     result = json.loads(file.read_text())
     rows = result["by_camera"]["cameras"]
@@ -51,19 +63,19 @@ def test_bench_node_of_several_cameras(tmp_path: Path, capsys: pytest.CaptureFix
         assert row["received"] == row["processed"] + row["dropped"] <= row["sent"]
         assert 0 < row["masks"] <= row["processed"] and row["stamp_to_publish_ms"]["p50"] > 0
     assert result["by_camera"]["strays"] == 0 and result["camera"]["cameras"] == 3
-    assert result["cores"] == split_cores(True)
+    assert result["cores"] == cores_of(split=True)
     assert "8 Hz from each of 3 cameras for 0.5 s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("cores", "share", "camera", "node"),
-    [({3}, False, [3], [3]), ({2, 5, 7}, False, [2], [5, 7]), ({2, 5, 7}, True, [2, 5, 7], [2, 5, 7])],
+    ("cores", "split", "camera", "node"),
+    [({3}, True, [3], [3]), ({2, 5, 7}, True, [2], [5, 7]), ({2, 5, 7}, False, [2, 5, 7], [2, 5, 7])],
 )
 def test_a_camera_has_a_core_to_itself(
-    monkeypatch: pytest.MonkeyPatch, cores: set[int], share: bool, camera: list[int], node: list[int]
+    monkeypatch: pytest.MonkeyPatch, cores: set[int], split: bool, camera: list[int], node: list[int]
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores)
-    assert split_cores(share) == {"camera": camera, "node": node}
+    assert cores_of(split) == {"camera": camera, "node": node}
 
 
 def test_what_is_started_on_a_core_stays_there() -> None:

@@ -4,9 +4,9 @@ The real node in a process of its own, over real DDS, with a model so small that
 is the time from a frame's stamp to the return of its last publish, less the segmenter's own time: the camera's publish,
 the transport, the wait, decoding, messages, publishing. Run for long it is the soak: memory and handles over time.
 
-A single camera has a core to itself, as a driver on a vehicle's computer mostly finds one. Where it shares them, the
-kernel of the virtual machine that we measured on wakes the receiving thread on the very core where the camera is still
-sending, and leaves it waiting there, over a millisecond, while the other core is idle.
+Camera and node share the cores unless they are split. The kernel of the virtual machine that we measured on then wakes
+the receiving thread on the core where the camera is still sending, and leaves it waiting there, over a millisecond,
+while the other core is idle. Split, as where a driver has a core to itself, it does not wait.
 """
 
 from __future__ import annotations
@@ -90,12 +90,11 @@ def write_trivial_bundle(path: Path, size: tuple[int, int]) -> Path:
 
 
 def measure(
-    size: tuple[int, int], rate_hz: float, duration_s: float, cameras: int = 1, share_cores: bool = False
+    size: tuple[int, int], rate_hz: float, duration_s: float, cameras: int = 1, split: bool = False
 ) -> dict[str, Any]:
     """Frames of ``size`` (H, W) rgb8 at ``rate_hz`` from each camera for ``duration_s``; the figures are of all.
 
-    share_cores: leaves camera and node to the scheduler; else the first core is the camera's, all others the node's.
-        Several cameras always share: they keep the node busier than the cores that would be left.
+    split: the first core is the cameras', all others the node's; else the scheduler places them.
 
     Raises NodeError where the node fails.
     """
@@ -113,7 +112,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         bundle = write_trivial_bundle(Path(folder) / "trivial", size)
         names = node_cameras.names(cameras) if cameras > 1 else []
-        cores = split_cores(share_cores or cameras > 1)
+        cores = cores_of(split)
         parameters: dict[str, Value] = {"model": str(bundle), "device": "cpu", "threads": 1, "cameras": names}
         with (
             running_on(cores["node"]),
@@ -160,12 +159,12 @@ def measure(
     }  # fmt: skip
 
 
-def split_cores(share: bool) -> dict[str, list[int]]:
-    """The cores of this process, for camera and node: all for both where they ``share`` them, or there is but one."""
+def cores_of(split: bool) -> dict[str, list[int]]:
+    """The cores of this process, for camera and node: all for both, unless they are ``split`` and more than one."""
     cores = sorted(os.sched_getaffinity(0))
-    if share or len(cores) == 1:
-        return {"camera": cores, "node": cores}
-    return {"camera": cores[:1], "node": cores[1:]}
+    if split and len(cores) > 1:
+        return {"camera": cores[:1], "node": cores[1:]}
+    return {"camera": cores, "node": cores}
 
 
 @contextmanager

@@ -122,9 +122,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     node.add_argument("--cameras", type=int, default=1, metavar="N", help="that share the model (default: 1)")
     node.add_argument("--duration", type=float, default=20.0, metavar="S", help="seconds (default: 20)")
     node.add_argument(
-        "--share-cores",
+        "--split-cores",
         action="store_true",
-        help="the camera shares the node's cores, as several always do (default: it has one to itself)",
+        help="the cameras have the first core to themselves, the node the others (default: they share all)",
     )
     node.add_argument("--json", type=Path, help="also save the figures here")
     node.set_defaults(measure=run_node)
@@ -329,7 +329,7 @@ def run_node(args: argparse.Namespace) -> int:
         raise ParameterError(f"--rate {args.rate:g} --duration {args.duration:g}: give numbers above 0")
     if args.cameras < 1:
         raise ParameterError(f"--cameras {args.cameras}: give 1 or more")
-    result = measure(args.size, args.rate, args.duration, args.cameras, args.share_cores)
+    result = measure(args.size, args.rate, args.duration, args.cameras, args.split_cores)
     return _finish(result, markdown(result), args)
 
 
