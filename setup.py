@@ -35,6 +35,7 @@ ROS_WHEELS = [  # one distribution, kilted, for machines where no ROS 2 environm
 ]
 TEST = [
     "pytest>=7",
+    "pytest-xdist>=3",
     "hypothesis>=6",
     "torchmetrics>=1",
     "scipy>=1.9",

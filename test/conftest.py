@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,25 @@ from sparserefine_ros.networks.registry import DENSE, build
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`pytest -n 2`: a file stays with one worker, and all files that have to do with ROS stay with the same.
+
+    Nodes keep time and choose their domains: no two tests may run some at once.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    @cache
+    def group(file: str) -> str:
+        return "ros" if "rclpy" in (config.rootpath / file).read_text() else file
+
+    class Grouped(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid.partition("::")[0])
+
+    return Grouped(config, log)
 
 
 @contextmanager

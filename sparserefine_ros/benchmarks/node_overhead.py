@@ -4,9 +4,10 @@ The real node in a process of its own, over real DDS, with a model so small that
 is the time from a frame's stamp to the return of its last publish, less the segmenter's own time: the camera's publish,
 the transport, the wait, decoding, messages, publishing. Run for long it is the soak: memory and handles over time.
 
-Camera and node share the cores unless they are split. The kernel of the virtual machine that we measured on then wakes
-the receiving thread on the core where the camera is still sending, and leaves it waiting there, over a millisecond,
-while the other core is idle. Split, as where a driver has a core to itself, it does not wait.
+Camera and node share the cores unless they are split. A Linux guest of KVM takes a core that has halted for one that
+the host has pre-empted: it wakes the receiving thread on the core where the camera is still sending, and leaves it
+waiting there for 1 to 2 ms. It does not wait where the cores are split, or kept from halting (`chrt --idle 0` of an
+endless loop on each).
 """
 
 from __future__ import annotations
