@@ -4,8 +4,10 @@
 #   scripts/setup.sh [test]       "test" adds what the tests and linters need
 #   PYTHON=python3.12             the interpreter to build on (default: python3)
 #   TORCH=torch==2.9.0            another torch; one that the interpreter already has is kept
+#   SET_UP=1                      it has been done: scripts that begin with it go on at once
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[ -z "${SET_UP:-}" ] || exit 0
 extras="${1:-}"
 python="${PYTHON:-python3}"
 
