@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import write_decoder_bundle
 
+from sparserefine_ros import native
 from sparserefine_ros.errors import ParameterError
 from sparserefine_ros.networks.compact import CompactSegmenter
 from sparserefine_ros.node.logs import RosHandler
@@ -29,7 +30,7 @@ from sparserefine_ros.segmenter import dense as dense_module
 from sparserefine_ros.segmenter import export, onnx_dense
 from sparserefine_ros.segmenter.bundle import Bundle
 from sparserefine_ros.segmenter.dense import RUNTIMES
-from sparserefine_ros.segmenter.onnx_dense import ExportedNetwork, OnnxDense, drop_unused
+from sparserefine_ros.segmenter.onnx_dense import ExportedNetwork, OnnxDense, drop_unused, onnx_folder
 from sparserefine_ros.segmenter.onnx_session import PROVIDERS, Progress, pick_providers
 from sparserefine_ros.segmenter.preprocess import resize
 from sparserefine_ros.segmenter.segmenter import Segmenter
@@ -196,6 +197,36 @@ def test_half_precision_through_the_segmenter(tiny_bundle: Path, frame: np.ndarr
     difference = np.abs(exact.low_entropy - half.low_entropy)
     assert difference.max() > 1e-5 and difference.mean() < 2e-2
     assert (exact.mask == half.mask).mean() > 0.98
+
+
+def test_a_cache_that_cannot_be_written_is_read(
+    tiny_bundle: Path, frame: np.ndarray, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the image of a container brings it; what is damaged or missing there is made in a temporary folder."""
+    needs_onnx()
+    bundle, made, export_dense = Bundle.load(tiny_bundle), [], export.export_dense
+
+    def count(network: Any, file: Path, *rest: Any) -> Any:
+        made.append(file)
+        return export_dense(network, file, *rest)
+
+    def mask() -> np.ndarray:
+        return Segmenter(bundle, "cpu", runtime="onnxruntime").segment([frame])[0].mask
+
+    expected = mask()
+    (kept,) = cache.iterdir()
+    (cache / "tensorrt" / "0").mkdir(parents=True)
+    (cache / "tensorrt" / "0" / "of.engine").write_bytes(b"built")
+    access = os.access
+    monkeypatch.setattr(native.os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    monkeypatch.setattr(export, "export_dense", count)
+    folder = onnx_folder()
+    assert folder != cache and (folder / "tensorrt" / "0" / "of.engine").read_bytes() == b"built"
+    assert np.array_equal(mask(), expected) and not made
+    kept.write_bytes(damaged := b"no model")
+    assert np.array_equal(mask(), expected) and made == [folder / kept.name]
+    assert kept.read_bytes() == damaged and not made[0].is_symlink()
+    assert np.array_equal(mask(), expected) and len(made) == 1
 
 
 def test_errors_name_the_remedy(tiny_bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def load(source: Path) -> ctypes.CDLL:
     key = hashlib.sha256("\0".join([source.read_text(), *command, _version(tuple(compiler)), _cpu()]).encode())
     name = f"{source.stem}-{key.hexdigest()[:16]}.so"
     with suppress(OSError):  # none there, or damaged: a power cut, a full disk
-        return ctypes.CDLL(str(_users_cache() / name))
+        return ctypes.CDLL(str(users_cache() / name))
     try:
         library = cache_folder() / name
     except OSError as error:  # not even a temporary one, as in a container that is read-only
@@ -84,14 +84,14 @@ def cache_folder() -> Path:
     The latter goes with the process. Raises OSError where not even that can be had.
     """
     try:
-        folder = _users_cache()
+        folder = users_cache()
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return _temporary_folder()
     return folder if os.access(folder, os.W_OK) else _temporary_folder()
 
 
-def _users_cache() -> Path:
+def users_cache() -> Path:
     """It may not be there, or be read-only. OSError for a user without a home."""
     base = os.environ.get("XDG_CACHE_HOME")
     try:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparserefine_ros.errors import BundleError
-from sparserefine_ros.native import cache_folder
+from sparserefine_ros.native import cache_folder, users_cache
 from sparserefine_ros.segmenter.bundle_files import read_weights
 from sparserefine_ros.segmenter.onnx_session import Progress, onnxruntime, open_session, pick_providers, provider_of
 
@@ -259,5 +259,19 @@ def _touch(path: Path) -> None:
 
 
 def onnx_folder() -> Path:
-    """Where exported files and engines are kept."""
-    return cache_folder() / "onnx"
+    """Where exported files and engines are kept, with links to those of a user's cache that cannot be written."""
+    folder = cache_folder() / "onnx"
+    with suppress(OSError):  # a user without a home
+        kept = users_cache().resolve() / "onnx"
+        if kept != folder.resolve():
+            _link(kept, folder)
+    return folder
+
+
+def _link(kept: Path, folder: Path) -> None:
+    """Every file below ``kept`` has its link below ``folder``, beside which there is room to write."""
+    for file in kept.rglob("*"):
+        link = folder / file.relative_to(kept)
+        if file.is_file() and not link.exists():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file)
