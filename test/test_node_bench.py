@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sparserefine_ros import cli
-from sparserefine_ros.benchmarks import budget_live, budget_simulation, node_cameras
+from sparserefine_ros.benchmarks import budget_live, budget_simulation, node_cameras, node_overhead
 from sparserefine_ros.benchmarks.node_overhead import Resources, cores_of, running_on
 
 
@@ -33,7 +33,9 @@ def test_bench_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert result["camera"]["size"] == [64, 96] and result["camera"]["hz"] == 20
     assert len(result["memory"]["rss_mb"]) >= 2 and result["memory"]["handles"][0] > 0
     assert {"cpu", "cores"} <= set(result["hardware"]) and {"rclpy", "rmw", "torch"} <= set(result["versions"])
+    copies = result["overhead_ms"]["p50"] / result["copy_ms"]
     said = capsys.readouterr().out
+    assert f"overhead's p50 is as long as {copies:.1f} copies" in said
     assert f"| overhead | {result['overhead_ms']['p50']:.2f} |" in said and "96x64 rgb8 at 20 Hz" in said
     assert result["cores"] == cores_of(split=False)
 
@@ -53,6 +55,14 @@ def test_bench_node_of_several_cameras(tmp_path: Path, capsys: pytest.CaptureFix
     assert result["by_camera"]["strays"] == 0 and result["camera"]["cameras"] == 3
     assert result["cores"] == cores_of(split=True)
     assert "8 Hz from each of 3 cameras for 0.5 s" in capsys.readouterr().out
+
+
+def test_a_copy_is_one_of_bytes_that_no_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_overhead, "COPIED", 1 << 20)
+    clock = iter([0.0, 0.5, 1.0, 1.25, 2.0, 4.0, 5.0, 5.5])
+    monkeypatch.setattr(node_overhead.time, "perf_counter", lambda: next(clock))
+    assert node_overhead.copy_ms(1 << 18) == 500  # median of 500, 250, 2000, 500
+    assert next(clock, None) is None  # four, of 256 kB each: 1 MB
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ from sparserefine_ros.segmenter.bundle import Bundle, save_network
 NETWORK_ARGS: dict[str, Any] = {"widths": [8, 8, 8, 8], "depths": [1, 1, 1]}
 SCALE = 0.0625  # of the dense segmenter's input: a sixteenth of the width
 WARMUP_S = 1.0  # left out of the figures
+COPIED = 400_000_000  # bytes; frames in it are copied to know what a copy takes
 EVERY_S = 1.0  # between two looks at memory and handles
 
 
@@ -145,6 +147,7 @@ def measure(
         "publish_ms": _percentiles({s: t["publish_ms"] for s, t in told.items()}),
         "transport_ms": _percentiles({s: t["transport_ms"] for s, t in told.items()}),
         "wait_ms": _percentiles({s: t["wait_ms"] for s, t in told.items()}),
+        "copy_ms": copy_ms(len(frames[0])),
         "rate_hz": (len(masks) - 1) / span_s if span_s else 0.0,
         "frames": {"sent": len(sent), "masks": len(masks), "lost": len(sent) - len(masks)},
         **several,
@@ -158,6 +161,18 @@ def measure(
         "hardware": hardware(),
         "versions": {**versions(), **ros_versions()},
     }  # fmt: skip
+
+
+def copy_ms(n: int) -> float:
+    """Milliseconds to copy ``n`` bytes that no cache holds; median. Most of the overhead is such copies."""
+    count = max(3, COPIED // n)  # far more than caches hold, twice
+    sources, targets = np.ones((count, n), np.uint8), np.ones((count, n), np.uint8)
+    times = []
+    for source, target in zip(sources, targets, strict=True):
+        start = time.perf_counter()
+        target[:] = source
+        times.append((time.perf_counter() - start) * 1e3)
+    return float(np.median(times))
 
 
 def cores_of(split: bool) -> dict[str, list[int]]:
@@ -204,6 +219,11 @@ def markdown(result: dict[str, Any]) -> str:
         f"{camera['hz']:g} Hz {each}for {camera['duration_s']:g} s: {result['rate_hz']:.2f} masks a second; "
         f"{result['hardware']['cpu']}, {_cores(result['cores'])}, {result['versions']['rmw']}."
     )
+    if result["overhead_ms"]["p50"] is not None:
+        lines.append(
+            f"To copy a frame that no cache holds takes {result['copy_ms']:.2f} ms here: overhead's p50 is as long as "
+            f"{result['overhead_ms']['p50'] / result['copy_ms']:.1f} copies."
+        )
     if memory["rss_mb_per_hour"] is not None:
         lines.append(
             f"Second half of the run: {memory['rss_mb_first_last'][0]:.1f} to {memory['rss_mb_first_last'][1]:.1f} MB "
