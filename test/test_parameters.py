@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -174,6 +175,17 @@ def test_descriptors_carry_the_table():
 def test_decoder_and_refine_choose_the_refiner(tiny_bundle, changes, refines):
     segmenter = load_segmenter(defaults(model=str(tiny_bundle), device="cpu", **changes))
     assert segmenter.refines is refines
+
+
+def test_threads_of_one_life_are_not_those_of_the_next(tiny_bundle: Path) -> None:
+    """0 is what torch takes by itself, also after another number."""
+    before = torch.get_num_threads()
+    try:
+        for asked, taken in ((0, before), (3, 3), (0, before)):
+            load_segmenter(defaults(model=str(tiny_bundle), device="cpu", threads=asked))
+            assert torch.get_num_threads() == taken
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_numbers_reach_the_segmenter(tiny_bundle):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,6 +65,8 @@ def load_segmenter(values: Mapping[str, Value], announce: Announce = lambda stat
     announce(LOADING)
     import torch
 
+    torchs_own_threads = _threads_at_first()
+
     from sparserefine_ros.segmenter.bundle import ONNX, Bundle, default_bundle
     from sparserefine_ros.segmenter.segmenter import Segmenter
 
@@ -77,8 +80,9 @@ def load_segmenter(values: Mapping[str, Value], announce: Announce = lambda stat
             "set decoder to one of these, or choose another model"
         )
     refined = {"true": True, "false": False}.get(refine, False if decoder == "dense" else None)
-    if values["threads"]:
-        torch.set_num_threads(int(values["threads"]))
+    threads = int(values["threads"]) or torchs_own_threads
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
     if values["runtime"] == "onnxruntime" or bundle.dense.network == ONNX:
         announce(BUILDING)
     return Segmenter(
@@ -92,6 +96,14 @@ def load_segmenter(values: Mapping[str, Value], announce: Announce = lambda stat
         runtime=str(values["runtime"]),
         provider=str(values["provider"]),
     )
+
+
+@cache
+def _threads_at_first() -> int:
+    """As many as torch takes by itself, while nobody has told it otherwise."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 def number_or_none(value: Value) -> float | None:
