@@ -241,6 +241,9 @@ def test_pictures_are_made_only_while_somebody_looks(
     outputs._images["mask"] = latched = Recorder(0, DurabilityPolicy.TRANSIENT_LOCAL)
     outputs.publish(header, image, bench.segmenter.segment([image])[0], 0.5)
     assert len(latched.sent) == 1, "who comes late gets the last of a latched topic"
+    outputs._png = latched = Recorder(0, DurabilityPolicy.TRANSIENT_LOCAL)
+    outputs.publish(header, image, bench.segmenter.segment([image])[0], 0.5)
+    assert len(latched.sent) == 1 and latched.sent[0].format.startswith("mono8; png")
     assert outputs._timing.sent == []
     outputs._timing.subscribers = 1
     outputs.publish_timing(header, FrameReport(0.5, 1.0, {}), "tiny")

@@ -77,7 +77,7 @@ class Outputs:
         than the image's. Raises FrameError, once everything else is out, if DDS refuses a message."""
         self._refused.clear()
         self._send("mask", header, result.mask, "mono8")
-        if self._png.get_subscription_count():
+        if _awaited(self._png):
             self._offer(self._png, fill_png(CompressedImage(), header, result.mask))
         self._send("confidence", header, result.confidence, "mono8")
         if self.wanted("entropy"):
@@ -106,11 +106,15 @@ class Outputs:
         return name in self._images and self._images[name].get_subscription_count() > 0
 
     def _send(self, name: str, header: Any, image: np.ndarray, encoding: str) -> None:
-        """Publishes unless nobody could ever get it: to those who come late a latched topic gives the last message."""
-        latched = self._images[name].qos_profile.durability == DurabilityPolicy.TRANSIENT_LOCAL
-        if latched or self.wanted(name):
+        if _awaited(self._images[name]):
             self._offer(self._images[name], write_image(header, image, encoding))
 
     def _offer(self, publisher: Any, message: Any) -> None:
         if not offer(publisher, message):
             self._refused.append(publisher.topic_name)
+
+
+def _awaited(publisher: Any) -> bool:
+    """Whether somebody could ever get what it publishes: to those who come late a latched topic gives the last."""
+    latched = publisher.qos_profile.durability == DurabilityPolicy.TRANSIENT_LOCAL
+    return latched or publisher.get_subscription_count() > 0
