@@ -15,9 +15,14 @@ from hypothesis import strategies as st
 pytest.importorskip("rclpy")
 
 import test_cameras  # noqa: E402
+from builtin_interfaces.msg import Time  # noqa: E402
 from diagnostic_msgs.msg import DiagnosticArray  # noqa: E402
+from rcl_interfaces.msg import Parameter as RosParameter  # noqa: E402
+from rcl_interfaces.msg import ParameterType, ParameterValue  # noqa: E402
+from rcl_interfaces.srv import SetParameters  # noqa: E402
 from rclpy.serialization import serialize_message  # noqa: E402
 from ros_client import Client, fill_image, isolated  # noqa: E402
+from rosgraph_msgs.msg import Clock  # noqa: E402
 from sensor_msgs.msg import Image  # noqa: E402
 from std_msgs.msg import Header  # noqa: E402
 from test_cameras import Bench  # noqa: E402
@@ -154,6 +159,25 @@ def test_hostile_bytes_over_dds(running: Any, frame: np.ndarray) -> None:
     assert new["malformed"] > len(hostile) / 2 and new["processed"] >= 1
     assert after["failed"] == before["failed"]
     assert peak_mb(process) - peak < RAISED_MB
+
+
+def test_what_rclpy_itself_fails_at(running: Any, frame: np.ndarray) -> None:
+    """A parameter of a type that does not exist, a /clock before 1970: rclpy raises, and the node goes on."""
+    process, client, publisher = running
+    service = client.node.create_client(SetParameters, "segment/set_parameters")
+    client.until(service.service_is_ready, "set_parameters")
+    unheard_of = RosParameter(name="overlay_opacity", value=ParameterValue(type=77))
+    service.call_async(SetParameters.Request(parameters=[unheard_of]))  # rclpy gives no answer
+    client.until(lambda: "the node goes on: ValueError: 77 is not" in process.log.read_text(), "a complaint")
+    for on in (True, False):
+        use = ParameterValue(type=ParameterType.PARAMETER_BOOL, bool_value=on)
+        assert client.set("use_sim_time", use).successful
+        if on:
+            clock = client.node.create_publisher(Clock, "/clock", 10)
+            client.until(clock.get_subscription_count, "a subscriber of /clock")
+            clock.publish(Clock(clock=Time(sec=-1)))
+            client.until(lambda: "ValueError: Seconds value must not be negative" in process.log.read_text(), "another")
+    client.answer("segmentation/mask", send(client, publisher, frame))
 
 
 def test_the_resolution_changes_in_mid_stream(running: Any, tiny_bundle: Path, frame: np.ndarray) -> None:

@@ -11,17 +11,25 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 
 from sparserefine_ros.errors import SparseRefineError
 from sparserefine_ros.node.memory import keep_large_buffers
 
+QUIET_S = 5.0  # between two lines about the same failure
 GRACE_S = 3.0
 """How long a model that is being loaded may hold up the end."""
 
 
-LAST_RESORT_S = 10.0
-"""How long anything at all may: a frame that takes minutes, a driver that hangs."""
+LAST_RESORT_S = 8.0
+"""How long anything at all may: a frame that takes minutes, a driver that hangs. 10 s after the first signal `ros2
+launch` and `docker stop` send SIGKILL."""
+
+
+MAX_FAILURES = 100
+"""Callbacks that may fail in a row. rclpy's own raise for some of what others send: a parameter of an unknown type, a
+/clock before 1970."""
 
 
 class _Stop:
@@ -77,6 +85,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if stop.requested:  # before rclpy had its handlers: nothing would be shut down
             raise ExternalShutdownException
         rclpy.init(args=None if args is None else list(args))
+        from sparserefine_ros.node.logs import Throttle
         from sparserefine_ros.node.segment_node import SegmentNode
 
         node = SegmentNode()
@@ -84,12 +93,24 @@ def main(args: Sequence[str] | None = None) -> int:
         executor.add_node(node)
         # The worker waits this long for the GIL where the executor's thread is busy, by default 5 ms.
         sys.setswitchinterval(0.0005)
-        serve = executor.spin_once
+        serve, logger, due, failures = executor.spin_once, node.get_logger(), Throttle(QUIET_S), 0
 
         def spin_once(timeout_sec: float | None = None) -> None:
+            nonlocal failures
             if stop.requested or not rclpy.ok():
                 raise ExternalShutdownException
-            serve(timeout_sec)
+            try:
+                serve(timeout_sec)
+                failures = 0
+            except ExternalShutdownException:
+                raise
+            except Exception as error:
+                failures += 1
+                if failures > MAX_FAILURES or stop.requested or not rclpy.ok():
+                    raise
+                what = f"{type(error).__name__}: {error}"
+                if due(what):
+                    logger.error(f"a callback failed, the node goes on: {what}\n{traceback.format_exc()}")
 
         spin_once(0.0)
         if node.autostart:
