@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
 import time
 import weakref
@@ -32,6 +33,7 @@ from sparserefine_ros.errors import BundleError, FrameError, ParameterError  # n
 from sparserefine_ros.node import rig  # noqa: E402
 from sparserefine_ros.node.device_health import device_health, free_memory  # noqa: E402
 from sparserefine_ros.node.logs import Throttle  # noqa: E402
+from sparserefine_ros.node.parameters import BY_NAME  # noqa: E402
 from sparserefine_ros.node.percentiles import StageWindow  # noqa: E402
 from sparserefine_ros.node.process import free_domain_id  # noqa: E402
 from sparserefine_ros.node.refusal import Refusal  # noqa: E402
@@ -480,7 +482,7 @@ def test_frames_older_than_the_last_are_published_and_counted(make: Callable[...
 # ~/enable, life and health
 
 
-def test_disabled_the_node_computes_nothing_and_says_so(make: Callable[..., Bench]) -> None:
+def test_disabled_the_node_computes_nothing_and_says_so(make: Callable[..., Bench], monkeypatch: Any) -> None:
     bench = make(cameras=["front", "left"]).start()
     bench.busy()
     bench.feed("left", 2)
@@ -488,14 +490,20 @@ def test_disabled_the_node_computes_nothing_and_says_so(make: Callable[..., Benc
     assert response.success and response.message == "disabled"
     bench.segmenter.free.set()
     bench.settled()
+    monkeypatch.setattr("sparserefine_ros.node.camera.PATIENCE_S", 0.05)
     for value in range(5):
         bench.feed("front", value)
+    time.sleep(0.1)
+    for its in bench.node.cameras:
+        its.publishers = lambda: 1
+    assert {its.message for its in bench.diagnostics()} == {"disabled by ~/enable: frames are dropped"}
     assert bench.counts("left") == {"received": 1, "dropped": 1}, "what waited is dropped"
     assert bench.counts("front") == {"received": 6, "processed": 1, "dropped": 5}
     node = bench.diagnostics()[0]
     assert node.level == b"\1" and node.message == rows(node)["degraded"] == "disabled by ~/enable: frames are dropped"
     assert rows(node)["enabled"] == "False"
     assert bench.node._on_enable(SetBool.Request(data=True), SetBool.Response()).message == "enabled"
+    assert bench.diagnostics()[1].level == b"\0", "no mask is owed for what was dropped"
     bench.feed("front", 9)
     bench.settled()
     assert bench.masks["front"] == [1, 9]
@@ -587,6 +595,112 @@ def test_a_transition_that_is_not_allowed_is_refused(make: Callable[..., Bench],
     monkeypatch.setattr(LifecycleNode, "_LifecycleNodeMixin__change_state", raises)
     assert not service.callback(request, ChangeState.Response(success=True)).success
     assert bench.node._state_machine.current_state[1] == "unconfigured"
+
+
+@pytest.mark.parametrize("asked", [{"id": 10}, {"id": 12}, {"id": 60}, {"label": "transition_success"}])
+def test_a_transition_of_the_nodes_own_is_refused(make: Callable[..., Bench], asked: dict[str, Any]) -> None:
+    """While a model loads it would end the transition under way, and with it the process."""
+    bench = make()
+    answers: list[bool] = []
+
+    def load(values: Any, announce: Callable[[str], None]) -> StandIn:
+        request = ChangeState.Request(transition=Transition(**asked))
+        answers.append(bench.node._service_change_state.callback(request, ChangeState.Response(success=True)).success)
+        return bench.segmenter
+
+    bench.node._load = load
+    bench.node.start()
+    assert answers == [False] and bench.node._state_machine.current_state[1] == "active"
+
+
+@pytest.mark.parametrize("wrong", [{"entropy_threshold": 5.0}, {"budget_threshold_max": 0.1}])
+def test_what_is_set_while_the_model_loads_is_judged_by_the_model(
+    make: Callable[..., Bench], wrong: dict[str, float]
+) -> None:
+    """What does not fit it is set back; minutes of loading are not lost to it."""
+    bench = make(latency_budget_ms=50.0, entropy_threshold=0.25)
+
+    class Limited(StandIn):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "entropy_threshold" and value > 2.4:
+                raise ParameterError(f"entropy_threshold is {value}, out of range")
+            super().__setattr__(name, value)
+
+    def load(values: Any, announce: Callable[[str], None]) -> StandIn:
+        segmenter = Limited()
+        segmenter.entropy_threshold = values["entropy_threshold"]
+        changes = {"overlay_opacity": 0.75, **wrong}
+        for result in bench.node.set_parameters([Parameter(name, value=value) for name, value in changes.items()]):
+            assert result.successful, "what it will be judged by is not there yet"
+        return segmenter
+
+    bench.node._load = load
+    bench.node.start()
+    worker = bench.node._worker
+    assert (worker.segmenter.entropy_threshold, worker.budget.lowest, worker.opacity) == (0.25, 0.25, 0.75)
+    for name in wrong:
+        assert bench.node.get_parameter(name).value == bench.node._values[name]
+    [result] = bench.node.set_parameters([Parameter("budget_threshold_max", value=0.1)])
+    assert not result.successful
+    assert bench.node.trigger_deactivate() == TransitionCallbackReturn.SUCCESS
+    [result] = bench.node.set_parameters([Parameter("budget_threshold_max", value=0.1)])
+    assert not result.successful, "while inactive too, or it could not be activated again"
+    assert bench.node.trigger_activate() == TransitionCallbackReturn.SUCCESS
+
+
+def test_a_budget_that_the_model_itself_breaks_is_refused_at_the_start(make: Callable[..., Bench]) -> None:
+    with pytest.raises(ParameterError, match="must be at most 2.398 nats"):
+        make(latency_budget_ms=50.0, budget_threshold_max=2.5).start()
+
+
+def test_a_file_of_parameters_may_be_loaded_that_changes_none(make: Callable[..., Bench]) -> None:
+    """As `ros2 param load` does with what `ros2 param dump` wrote; all of them at once, too."""
+    node = make(max_batch=2, cameras=["front"]).start().node
+    same = [node.get_parameter(name) for name in BY_NAME]
+    assert all(result.successful for result in node.set_parameters(same))
+    live = Parameter("overlay_opacity", value=0.25)
+    assert node.set_parameters_atomically([*same, live]).successful and node._worker.opacity == 0.25
+    assert not node.set_parameters_atomically([*same, Parameter("max_batch", value=3)]).successful
+
+
+def test_diagnostics_go_on_while_a_frame_holds_up_the_end(make: Callable[..., Bench], monkeypatch: Any) -> None:
+    monkeypatch.setattr("sparserefine_ros.node.segment_node.REPORT_EVERY_S", 0.1)
+    bench = make().start()
+    bench.busy()
+    sent: list[Any] = []
+    bench.node._reporter._publisher.publish = sent.append
+    threading.Timer(0.6, bench.segmenter.free.set).start()
+    assert bench.node.trigger_deactivate() == TransitionCallbackReturn.SUCCESS
+    assert len(sent) >= 2 and {message.status[0].message for message in sent} == {"deactivating"}
+    assert bench.diagnostics()[0].message == "inactive" and bench.masks[""] == [1]
+
+
+def test_a_budget_without_refinement_is_judged_too(make: Callable[..., Bench], monkeypatch: Any) -> None:
+    """Nothing can be left out to keep it; it is said, until the budget changes or frames stay away."""
+    bench = make(latency_budget_ms=0.001, decoder="dense").start()
+    for its in bench.node.cameras:
+        its.publishers = lambda: 1
+
+    told = "latency budget of 0.001 ms: frames are .* ms old when they are segmented.*refines nothing"
+
+    def late() -> None:
+        bench.feed("", 3)
+        bench.until(lambda: bench.node._worker.unaffordable)
+        status = bench.diagnostics()[0]
+        assert status.level == b"\1" and status.message == rows(status)["degraded"] and re.match(told, status.message)
+
+    late()
+    assert "budget_threshold" not in rows(bench.diagnostics()[0])
+    monkeypatch.setattr("sparserefine_ros.node.worker.QUIET_S", 0.05)
+    time.sleep(0.1)
+    assert rows(bench.diagnostics()[0])["degraded"] == ""
+    monkeypatch.undo()
+    late()
+    [result] = bench.node.set_parameters([Parameter("latency_budget_ms", value=60000.0)])
+    assert result.successful and rows(bench.diagnostics()[0])["degraded"] == ""
+    bench.feed("", 3)
+    bench.settled()
+    assert rows(bench.diagnostics()[0])["degraded"] == ""
 
 
 def test_diagnostics_tell_what_the_start_is_at(make: Callable[..., Bench]) -> None:

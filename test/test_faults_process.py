@@ -102,7 +102,7 @@ HANGING = """
 import sys, time
 from sparserefine_ros.node import main, worker
 main.LAST_RESORT_S = 1.0
-worker.Worker.stop = lambda self: time.sleep(100)
+worker.Worker.stop = lambda *_: time.sleep(100)
 sys.exit(main.main())
 """
 

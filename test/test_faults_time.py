@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -116,7 +117,33 @@ def test_a_camera_falls_silent_and_comes_back(make: Callable[..., Bench]) -> Non
         shoot("front", "left")
     node, front, left = bench.diagnostics()
     assert (node.level, front.level, left.level) == (OK, OK, OK), front.message
-    assert float(rows(front)["estimated_loss"]) < 0.05
+    assert float(rows(front)["loss"]) < 0.05
+
+
+def test_images_that_are_lost_are_told_with_a_remedy(make: Callable[..., Bench]) -> None:
+    """Also where it is the camera's process that lacks what the node has."""
+    bench = make(cameras=["front"]).start()
+    (its,) = bench.node.cameras
+    its.publishers = lambda: 1
+    lost = [0]
+    bench.node._qos.lost = lambda subscription: lost[0]
+    said: list[str] = []
+    bench.node.get_logger = lambda: SimpleNamespace(warning=said.append)
+    for _ in range(10):
+        bench.feed("front", 3)
+        bench.settled()
+    assert bench.diagnostics()[1].level == OK and not said
+    lost[0] = 90
+    bench.feed("front", 3)
+    bench.settled()
+    bench.node._rmw, bench.node._lossy = "rmw_fastrtps_cpp", False
+    node, front = bench.diagnostics()
+    assert (node.level, front.level) == (WARN, WARN) and rows(front)["lost"] == "90" and rows(front)["loss"] == "0.90"
+    assert front.message.startswith("90 % of the images are lost before they arrive; if images are large, set FASTDDS_")
+    assert front.message.endswith("fastdds.xml for the process that publishes them too")
+    assert said == [f"{its.image_topic}: {front.message}"]
+    bench.node._rmw = "rmw_cyclonedds_cpp"
+    assert bench.diagnostics()[1].message == "90 % of the images are lost before they arrive" and len(said) == 1
 
 
 def test_a_model_that_hangs_is_told(make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import struct
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,19 +64,39 @@ def test_missing_file_names_the_places():
         config_file("nothing.xml")
 
 
+MINE = str(ROOT / "config" / "fastdds.xml")  # any file that is there
+LARGE = {"FASTDDS_BUILTIN_TRANSPORTS": "LARGE_DATA"}
+
+
 @pytest.mark.parametrize(
     "environment",
     [
-        {"FASTDDS_DEFAULT_PROFILES_FILE": "mine.xml"},
-        {"FASTRTPS_DEFAULT_PROFILES_FILE": "mine.xml"},
-        {"FASTDDS_BUILTIN_TRANSPORTS": "LARGE_DATA"},
-        {"FASTDDS_BUILTIN_TRANSPORTS": "LARGE_DATA?max_msg_size=1MB"},
+        {"FASTDDS_DEFAULT_PROFILES_FILE": MINE},
+        {"FASTRTPS_DEFAULT_PROFILES_FILE": MINE},
+        {"ROS_DISTRO": "jazzy", "FASTRTPS_DEFAULT_PROFILES_FILE": MINE},
+        LARGE,
+        {"FASTDDS_BUILTIN_TRANSPORTS": "LARGE_DATA?max_msg_size=1MB", "ROS_AUTOMATIC_DISCOVERY_RANGE": "SUBNET"},
     ],
 )
 def test_the_users_choice_stands(environment):
     assert has_profile(environment)
     assert profile_env(environment) == {}
     assert not loses_images("rmw_fastrtps_cpp", environment)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"FASTDDS_DEFAULT_PROFILES_FILE": "/nowhere/fastdds.xml"},
+        {"ROS_DISTRO": "humble", "FASTDDS_DEFAULT_PROFILES_FILE": MINE},  # Fast DDS 2 knows the other name alone
+        {"ROS_DISTRO": "jazzy", **LARGE},
+        {**LARGE, "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"},
+        {**LARGE, "ROS_LOCALHOST_ONLY": "1"},
+    ],
+)
+def test_a_choice_that_has_no_effect_is_none(environment):
+    assert loses_images("rmw_fastrtps_cpp", environment)
+    assert list(profile_env(environment).values()) == [MINE]
 
 
 def test_profile_for_the_distribution():
@@ -91,7 +113,8 @@ def test_loss_is_foreseen_for_fast_dds_only():
         assert loses_images("rmw_fastrtps_dynamic_cpp", small)
     assert not loses_images("rmw_cyclonedds_cpp", {})
     assert not loses_images("rmw_zenoh_cpp", {})
-    assert "fastdds.xml" in transport.remedy()
+    assert "fastdds.xml for every process" in transport.remedy()
+    assert "fastdds.xml for the process that publishes them too" in transport.remedy(everywhere=False)
 
 
 @pytest.mark.parametrize(("flag", "order"), [(1, "<"), (0, ">")])
@@ -132,7 +155,40 @@ def test_gaps_between_stamps_are_loss():
     kept = [i for i in range(60) if i % 6 in (0, 1)]  # two of six arrive
     watch = arrivals([33.0 * i for i in kept])
     assert watch.loss() == pytest.approx(1 - 2 / 6, abs=0.03)
-    assert "% of the images are lost" in watch.complaint(2.0, 1, 0.0)
+    assert "% of the images seem lost" in watch.complaint(2.0, 1, 0.0)
+
+
+@pytest.mark.parametrize(
+    "stamps",
+    [
+        [1000 / 15 * i + 35 * (i % 15 == 7) for i in range(60)],  # one frame in fifteen is late
+        np.cumsum(np.random.default_rng(0).normal(0, 3.5, 60) + 1000 / 30).tolist(),  # stamped on arrival, 5 ms jitter
+        np.cumsum(np.random.default_rng(1).normal(0, 2.1, 60) + 1000 / 60).tolist(),
+    ],
+)
+def test_uneven_stamps_are_no_loss(stamps):
+    assert arrivals(stamps).complaint(stamps[-1] / 1e3, 1, 0.0) == ""
+
+
+def numbered(received: list[int], stamps_ms: Callable[[int], float]) -> Arrivals:
+    """Frames that bear their publisher's numbers."""
+    result, lost = Arrivals(), 0
+    for before, number in zip([received[0] - 1, *received], received, strict=False):
+        lost += number - before - 1
+        result.arrived(round(stamps_ms(number) * 1e6), number / 30, lost)
+    return result
+
+
+def test_the_publishers_numbers_are_believed_before_stamps():
+    pairs = numbered(list(range(60)), lambda i: 66 * (i // 2) + 3 * (i % 2))  # HDR: two frames, then a pause
+    assert pairs.loss() == 0 and pairs.complaint(2.0, 1, 0.0) == ""
+    third = numbered(list(range(0, 180, 3)), lambda i: 33 * i)  # evenly lost: stamps cannot tell
+    assert third.loss() == pytest.approx(2 / 3) and arrivals([99.0 * i for i in range(60)]).loss() == 0
+    assert third.complaint(6.0, 1, 0.0) == "67 % of the images are lost before they arrive"
+    assert numbered([5, 90], lambda i: 33 * i).loss() == pytest.approx(84 / 85), "two frames can be enough"
+    assert numbered([5, 8], lambda i: 33 * i).loss() == 0
+    long_ago = numbered([0, *range(100, 170)], lambda i: 33 * i)
+    assert long_ago.loss() == 0 and long_ago.complaint(5.7, 1, 0.0) == ""
 
 
 def test_few_frames_say_nothing():

@@ -41,6 +41,7 @@ ROSDEP: dict[str, str | None] = {
     "sensor_msgs": "sensor_msgs",
     "std_msgs": "std_msgs",
     "std_srvs": "std_srvs",
+    "lifecycle_msgs": "lifecycle_msgs",
     "torch": None,  # python3-torch is too old on Ubuntu 22.04; 24.04 has none, and rosdep would install nothing at all
     "transformers": None,
     "triton": None,

@@ -96,6 +96,53 @@ def test_what_is_published_arrives(line: Line, size: tuple[int, int]) -> None:
     assert [stamp_ns(bytes(got)) for got in line.got] == [1, 2, 3]
 
 
+@DIRECT
+def test_messages_that_never_come_are_counted(ros: tuple[Node, SingleThreadedExecutor]) -> None:
+    """Each publisher's by its own numbers; where a slot holds one message, those that it replaces are lost."""
+    node, executor = ros
+    watch, got, one = QosWatch(node), [], QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+    publishers = [node.create_publisher(Image, "/missing", one) for _ in range(2)]
+    for _ in range(3):
+        publishers[1].publish(Image())  # before anybody listens: not missed
+    subscription = watch.subscription(Image, "/missing", got.append, one)
+    assert watch.lost(subscription) is None
+
+    def until(done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 15
+        while not done():
+            assert time.monotonic() < deadline
+            executor.spin_once(timeout_sec=0.02)
+
+    until(lambda: all(publisher.get_subscription_count() for publisher in publishers))
+    lost = 0
+    for publisher, burst, missed in ((0, 1, 0), (1, 1, 0), (0, 4, 3), (1, 1, 0), (1, 3, 2), (0, 1, 0)):
+        before = len(got)
+        for _ in range(burst):
+            publishers[publisher].publish(Image())
+            time.sleep(0.02)
+        until(lambda: len(got) == before + 1)  # noqa: B023
+        lost += missed
+        assert watch.lost(subscription) == lost
+    watch.forget(subscription)
+    for endpoint in (subscription, *publishers):
+        (node.destroy_subscription if endpoint is subscription else node.destroy_publisher)(endpoint)
+
+
+def test_numbers_of_publishers_that_come_and_go() -> None:
+    missing = serialized.Missing()
+    missing.taken(b"a", serialized.UNNUMBERED)
+    assert missing.count is None
+    for publisher in range(100):  # no more of them are remembered than that
+        missing.taken(b"a", 10 + publisher)
+        missing.taken(str(publisher).encode(), 7)
+    assert missing.count == 0 and len(missing._last) == serialized.MAX_PUBLISHERS
+    missing.taken(b"a", 120)
+    assert missing.count == 10
+    missing.taken(b"a", 3)  # began anew, or overtaken
+    missing.taken(b"a", 4)
+    assert missing.count == 10
+
+
 def test_a_message_stays_as_it_is_while_it_is_held_and_no_longer(line: Line) -> None:
     first = line.send(0, (64, 64))
     line.until(lambda: line.got)
@@ -135,12 +182,12 @@ def test_a_subscription_that_goes_hands_over_nothing_more(line: Line) -> None:
 def test_nothing_to_take_is_none(ros: tuple[Node, SingleThreadedExecutor]) -> None:
     line = Line(*ros, "/empty")
     rcl = serialized.RCL
-    assert rcl is not None and serialized.take(line.subscription, rcl) is None
+    assert rcl is not None and serialized.take(line.subscription, rcl, serialized.Missing()) is None
     message = line.send(0, (8, 8))
     deadline = time.monotonic() + 15
-    while (got := serialized.take(line.subscription, rcl)) is None:
+    while (got := serialized.take(line.subscription, rcl, serialized.Missing())) is None:
         assert time.monotonic() < deadline
-    assert bytes(got) == message and serialized.take(line.subscription, rcl) is None
+    assert bytes(got) == message and serialized.take(line.subscription, rcl, serialized.Missing()) is None
     line.close()
 
 
@@ -234,23 +281,23 @@ while not publisher.get_subscription_count():
     time.sleep(0.01)
 message = np.random.default_rng(0).integers(0, 256, 6 << 20, np.uint8).tobytes()
 signal.signal(signal.SIGUSR1, interrupt)
-main, whole, interrupted = threading.main_thread().ident, 0, 0
+main, whole, interrupted, missing = threading.main_thread().ident, 0, 0, serialized.Missing()
 for i in range(100):
     serialized.publish(publisher, message)
     kick = threading.Timer(1e-4 * (i % 20), signal.pthread_kill, (main, signal.SIGUSR1))
     try:
         kick.start()
-        while (got := serialized.take(subscription, serialized.RCL)) is None:
+        while (got := serialized.take(subscription, serialized.RCL, missing)) is None:
             pass
         assert got == message
         whole += 1
         kick.join()
     except Interrupted:
         interrupted += 1
-while serialized.take(subscription, serialized.RCL):  # those whose wait was interrupted
+while serialized.take(subscription, serialized.RCL, missing):  # those whose wait was interrupted
     pass
 serialized.publish(publisher, message)
-while (got := serialized.take(subscription, serialized.RCL)) is None:
+while (got := serialized.take(subscription, serialized.RCL, missing)) is None:
     pass
 print(got == message, whole + interrupted >= 100, interrupted > 0)
 """

@@ -33,16 +33,28 @@ def make_budget(values: Mapping[str, Value], threshold: float, classes: int) -> 
     return LatencyBudget(budget_ms, lowest, highest)
 
 
-def budget_values(budget: LatencyBudget | None) -> dict[str, object]:
-    """For the diagnostics."""
+def budget_values(budget: LatencyBudget | None, refines: bool) -> dict[str, object]:
+    """For the diagnostics; thresholds only of a model that ``refines``."""
     if budget is None:
         return {"latency_budget_ms": "off"}
-    return {
-        "latency_budget_ms": f"{budget.budget_ms:g}",
+    result: dict[str, object] = {"latency_budget_ms": f"{budget.budget_ms:g}"}
+    if not refines:
+        return result
+    return result | {
         "budget_threshold": f"{budget.threshold:.6g}",
         "budget_threshold_min": f"{budget.lowest:.6g}",
         "budget_threshold_max": f"{budget.highest:.6g}",
     }
+
+
+def unhelped(budget: LatencyBudget, age_ms: float) -> str:
+    """Why a frame that was ``age_ms`` old in the end is late, where nothing is refined; empty where it is not."""
+    if age_ms <= budget.budget_ms:
+        return ""
+    return (
+        f"latency budget of {budget.budget_ms:g} ms: frames are {age_ms:.0f} ms old when they are segmented, and the "
+        "model refines nothing that could be left out; raise latency_budget_ms, lower scale or choose a faster model"
+    )
 
 
 def unaffordable(budget: LatencyBudget, spent_ms: float) -> str:

@@ -63,6 +63,7 @@ class Camera:
         """`receive` gets every image as it comes, serialized."""
         self._started = self.seen = time.monotonic()
         self._unanswered = None
+        self.arrivals = Arrivals()  # a new subscription counts anew
         self._subscription = self._qos.subscription(
             self.message_type, self._topic, lambda frame: receive(self, frame), qos
         )
@@ -79,12 +80,16 @@ class Camera:
         self.unsubscribe()
         self.outputs.destroy()
 
-    def arrived(self, stamp_ns: int | None) -> None:
-        """Notes a frame's arrival."""
+    def arrived(self, stamp_ns: int | None, awaited: bool = True) -> None:
+        """Notes a frame's arrival; ``awaited``: it is to be answered by a mask."""
         now = time.monotonic()
-        self.arrivals.arrived(stamp_ns, now)
-        if self._unanswered is None:
+        self.arrivals.arrived(stamp_ns, now, self._qos.lost(self._subscription))
+        if awaited and self._unanswered is None:
             self._unanswered = now
+
+    def excuse(self) -> None:
+        """No mask is awaited for the frames that have come."""
+        self._unanswered = None
 
     def processed(self, stamp_ns: int, report: FrameReport, refined: bool) -> None:
         """Counts a published frame. One older than a frame published before is stale: published all the same, since
@@ -102,10 +107,11 @@ class Camera:
             self.seen = time.monotonic()
         return count
 
-    def status(self, waiting: int, remedy: str) -> CameraStatus:
+    def status(self, waiting: int, remedy: str, disabled: str = "") -> CameraStatus:
         """Its state, judged by what has happened since the last call.
 
         waiting: frames in its slot. remedy: what to do about lost frames, added to a complaint about them.
+        disabled: why its frames are dropped, if they are.
         """
         publishers = self.publishers()
         now, unanswered, counts = time.monotonic(), self._unanswered, self.counters.values()
@@ -118,9 +124,13 @@ class Camera:
         level, message = judge(trouble, self._counted, counts, publishers)
         if self._subscription is None:
             level, message, complaint = "warn", "not subscribed: the node is not active", ""
+        elif disabled:
+            level, message = "warn", disabled
         self._counted = counts
         values: dict[str, object] = {"image_topic": self.image_topic, "publishers": publishers}
-        values |= counts | {"waiting": waiting, "estimated_loss": f"{self.arrivals.loss():.2f}"}
+        lost = self._qos.lost(self._subscription)
+        values |= counts | {"waiting": waiting, "lost": "unknown" if lost is None else lost}
+        values["loss"] = f"{self.arrivals.loss():.2f}"
         values["latency_counts_from"] = "stamp" if self.stamps_believed else f"receipt: {DISBELIEF}"
         if self.report is not None:
             values |= self.report.key_values()

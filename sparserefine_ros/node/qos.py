@@ -110,6 +110,11 @@ class QosWatch:
             self._feeds[subscription] = Feed(self.node, subscription, callback, rcl)
         return subscription
 
+    def lost(self, subscription: Any) -> int | None:
+        """Messages that its publishers sent meanwhile and that never came; None where that is not known."""
+        feed = self._feeds.get(subscription)
+        return None if feed is None else feed.missing.count
+
     def forget(self, endpoint: Any) -> None:
         """For a publisher or subscription that is about to be destroyed."""
         self._mismatches.pop(endpoint, None)

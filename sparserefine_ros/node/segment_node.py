@@ -18,10 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any
 
+from lifecycle_msgs.msg import Transition
 from rclpy import get_rmw_implementation_identifier
 from rclpy.clock import Clock, ClockType
 from rclpy.executors import ExternalShutdownException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.parameter import Parameter as RosParameter
 from std_srvs.srv import SetBool
 
 from sparserefine_ros.errors import ParameterError, SparseRefineError
@@ -38,7 +40,7 @@ from sparserefine_ros.node.refusal import Refusal
 from sparserefine_ros.node.reports import NodeState, Reporter
 from sparserefine_ros.node.rig import Rig
 from sparserefine_ros.node.scheduler import Scheduler
-from sparserefine_ros.node.transport import loses_images, remedy, stamp_of
+from sparserefine_ros.node.transport import loses_images, on_fast_dds, remedy, stamp_of
 from sparserefine_ros.node.worker import Worker
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
 
 LABELS_EVERY = 10  # diagnostics between two repetitions of the class list
 COMPLAIN_EVERY_S = 30.0  # in the log, about the same camera's lost images
+DISABLED = "disabled by ~/enable: frames are dropped"
+REPORT_EVERY_S = 1.0
 POLL_S = 0.1
 HAND_OVER_S = 0.0001
 """After a frame's receipt the executor's thread rests, so that the worker has the GIL at once. Else it would wait until
@@ -76,13 +80,14 @@ class SegmentNode(LifecycleNode):
         self.loader: threading.Thread | None = None
         self._rig: Rig | None = None
         self._qos = QosWatch(self)
-        self._lossy = loses_images(get_rmw_implementation_identifier())
+        self._rmw = get_rmw_implementation_identifier()
+        self._lossy = loses_images(self._rmw)
         self._due = Throttle(COMPLAIN_EVERY_S)
         on_change(self, self._change)
         self._reporter = Reporter(self)
         self._ticks = 0
         # A steady clock: with use_sim_time the node must be able to say that no /clock and no image comes.
-        self._timer = self.create_timer(1.0, self._tick, clock=Clock(clock_type=ClockType.STEADY_TIME))
+        self._timer = self.create_timer(REPORT_EVERY_S, self._tick, clock=Clock(clock_type=ClockType.STEADY_TIME))
         self._change_state = self._service_change_state.callback
         self._service_change_state.callback = self._on_change_state
         self._enable = self.create_service(SetBool, "~/enable", self._on_enable)
@@ -108,7 +113,14 @@ class SegmentNode(LifecycleNode):
 
     def _on_change_state(self, request: Any, response: Any) -> Any:
         """Service ~/change_state, lifecycle_msgs/ChangeState. The rclpy of humble and jazzy raises for a transition
-        that the state does not allow, which would end the process."""
+        that the state does not allow, which would end the process; and every rclpy takes those that only a transition
+        under way may ask for."""
+        label, number = request.transition.label, request.transition.id
+        private = label.startswith("transition_") if label else number >= Transition.TRANSITION_ON_CONFIGURE_SUCCESS
+        if private:
+            self.get_logger().error(f"transition {label or number} refused: it is for the node itself to ask for")
+            response.success = False
+            return response
         try:
             return self._change_state(request, response)
         except Refusal as error:
@@ -159,7 +171,7 @@ class SegmentNode(LifecycleNode):
         self._values = values = current(self)
         self._state = LOADING
         self._segmenter = segmenter = self._loaded(values)
-        self._change({"entropy_threshold": self.get_parameter("entropy_threshold").value})  # changed meanwhile
+        self._take_up(values)
         self._rig = Rig(self._qos, values, segmenter.classes, segmenter.has_superpixels)
         self._state = "inactive"
         self.get_logger().info(
@@ -185,7 +197,9 @@ class SegmentNode(LifecycleNode):
         if self._rig is not None:
             self._rig.close()
         if self._worker is not None:
-            self._worker.stop()
+            self._state = "deactivating"
+            due = Throttle(REPORT_EVERY_S)
+            self._worker.stop(lambda: self._report() if self.context.ok() and due("report") else None)
             self._worker = None
         self._state = "inactive"
 
@@ -219,14 +233,13 @@ class SegmentNode(LifecycleNode):
 
         self.loader = threading.Thread(target=load, name="load", daemon=True)
         self.loader.start()
-        reported = time.monotonic()
+        due = Throttle(REPORT_EVERY_S)
         while not future.done():
             if self._spin is not None:
                 self._spin(timeout_sec=POLL_S)
             else:  # a transition asked for by service blocks the executor, and with it the timer
                 wait([future], POLL_S)
-                if time.monotonic() - reported >= 1.0:
-                    reported = time.monotonic()
+                if due("report"):
                     self._report()
             if not self.context.ok():
                 raise ExternalShutdownException()
@@ -248,8 +261,8 @@ class SegmentNode(LifecycleNode):
 
     def _change(self, values: Mapping[str, Value]) -> None:
         """Parameters change while running, all of them or none; raises ParameterError to refuse them."""
-        for name in values:
-            if self._values is not None and not BY_NAME[name].live:
+        for name, value in values.items():
+            if self._values is not None and not BY_NAME[name].live and value != self._values[name]:
                 raise ParameterError(
                     f"'{name}' is read-only while the node is configured; first deactivate it and clean it up "
                     "(ros2 lifecycle set)"
@@ -270,8 +283,27 @@ class SegmentNode(LifecycleNode):
             self._worker.scale = float(values.get("output_scale", self._worker.scale))
 
     def _set_budget(self, **changed: Value) -> None:
-        if self._worker is not None and self._segmenter is not None:
-            self._worker.budget = self._budget(self._segmenter, **changed)
+        if self._segmenter is not None:
+            budget = self._budget(self._segmenter, **changed)
+            if self._worker is not None:
+                self._worker.budget = budget
+
+    def _take_up(self, values: Mapping[str, Value]) -> None:
+        """What was set while the model loaded; set back, all of it, where it does not fit the model that has come.
+
+        ``values``: those of before, which raise ParameterError where they do not fit either.
+        """
+        names = ("entropy_threshold", *BUDGET_PARAMETERS)
+        try:
+            self._change({name: BY_NAME[name].check(self.get_parameter(name).value) for name in names})
+        except ParameterError as error:
+            changed = [name for name in names if self.get_parameter(name).value != values[name]]
+            if not changed:
+                raise
+            self.get_logger().error(f"{error}; {', '.join(changed)} set back to what it was before the model loaded")
+            result = self.set_parameters_atomically([RosParameter(name, value=values[name]) for name in changed])
+            if not result.successful:
+                raise ParameterError(result.reason) from error
 
     def _budget(self, segmenter: Segmenter, **changed: Value) -> LatencyBudget | None:
         values = {name: self.get_parameter(name).value for name in BUDGET_PARAMETERS} | changed
@@ -280,12 +312,12 @@ class SegmentNode(LifecycleNode):
     # Frames ----------------------------------------------------------------------------------------------------------
 
     def _receive(self, camera: Camera, frame: memoryview) -> None:
-        stamp = stamp_of(frame)
-        camera.arrived(stamp)
+        stamp, worker = stamp_of(frame), self._worker
+        awaited = worker is not None and self._enabled
+        camera.arrived(stamp, awaited)
         receipt = received(frame, stamp, self.get_clock().now().nanoseconds, time.perf_counter())
         camera.stamps_believed = receipt.believed
-        worker = self._worker
-        dropped = worker.scheduler.put(camera, receipt) if worker is not None and self._enabled else 1
+        dropped = worker.scheduler.put(camera, receipt) if worker is not None and awaited else 1
         camera.counters.add(received=1, dropped=dropped)
         time.sleep(HAND_OVER_S)
 
@@ -295,6 +327,8 @@ class SegmentNode(LifecycleNode):
         if not self._enabled and self._worker is not None:
             for camera, dropped in self._worker.scheduler.clear().items():
                 camera.counters.add(dropped=dropped)
+        for camera in self.cameras:
+            camera.excuse()
         response.success, response.message = True, "enabled" if self._enabled else "disabled"
         self.get_logger().info(f"{response.message} by ~/enable")
         return response
@@ -316,16 +350,17 @@ class SegmentNode(LifecycleNode):
 
     def _report(self) -> None:
         worker, segmenter = self._worker, self._segmenter
-        help_text = remedy() if self._lossy else ""
-        cameras = {c: c.status(worker.scheduler.waiting(c) if worker else 0, help_text) for c in self.cameras}
+        help_text = remedy(everywhere=self._lossy) if on_fast_dds(self._rmw) else ""
+        disabled = "" if self._enabled else DISABLED
+        cameras = {c: c.status(worker.scheduler.waiting(c) if worker else 0, help_text, disabled) for c in self.cameras}
         for camera, its in cameras.items():
-            if its.complaint and self._lossy and self._state == "active" and self._due(camera.image_topic):
+            if its.complaint and self._state == "active" and self._due(camera.image_topic):
                 self.get_logger().warning(f"{camera.image_topic}: {its.complaint}")
         trouble = self._state
         if self._state == "active":
             # An engine for frames of another size than the bundle's is built when the first one comes.
             trouble = segmenter.under_way if segmenter is not None else ""
-            trouble = trouble if self._enabled else "disabled by ~/enable: frames are dropped"
+            trouble = disabled or trouble
         values: dict[str, object] = {"enabled": self._enabled}
         if segmenter is not None:
             values |= {"model": self._description(segmenter)}
@@ -338,6 +373,6 @@ class SegmentNode(LifecycleNode):
         degraded += self._qos.complaints()
         degraded += [segmenter.degraded] if segmenter is not None and segmenter.degraded else []
         if worker is not None:
-            values |= budget_values(worker.budget)
-            degraded += [worker.unaffordable] if worker.budget is not None and worker.unaffordable else []
+            values |= budget_values(worker.budget, worker.segmenter.refines)
+            degraded += [worker.unaffordable] if worker.unaffordable else []
         self._reporter.publish(NodeState(self._state, trouble, name, degraded, values), cameras)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,10 @@ from rclpy.node import Node
 from rclpy.subscription import Subscription
 from rclpy.waitable import NumberOfEntities, Waitable
 
+INFO_BYTES = 256  # more than rmw_message_info_t has (rmw/types.h)
+NUMBER_AT, PUBLISHER_AT, PUBLISHER_END = 16, 40, 56  # in it: the publisher's count of its messages, and its id
+UNNUMBERED = (1 << 64) - 1  # RMW_MESSAGE_INFO_SEQUENCE_NUMBER_UNSUPPORTED
+MAX_PUBLISHERS = 16  # of one topic that are remembered
 NOTHING_TAKEN = 401  # RCL_RET_SUBSCRIPTION_TAKE_FAILED: another message of a burst was taken in its place
 RCLError: type[Exception] = rclpy_implementation.RCLError
 InvalidHandle: type[Exception] = rclpy_implementation.InvalidHandle
@@ -109,20 +114,43 @@ class _Memory:
         self._free(self._address, None)
 
 
-def take(subscription: Any, rcl: _Rcl) -> memoryview | None:
+class Missing:
+    """How many messages are missing among those taken, by the numbers that their publishers give them.
+
+    count: None where the middleware gives no numbers, or no message came yet.
+    """
+
+    def __init__(self) -> None:
+        self.count: int | None = None
+        self._last: dict[bytes, int] = {}  # by publisher; the one that was heard last stands last
+
+    def taken(self, publisher: bytes, number: int) -> None:
+        """Notes the next message."""
+        if number == UNNUMBERED:
+            return
+        before = self._last.pop(publisher, number - 1)
+        self._last[publisher] = number
+        if len(self._last) > MAX_PUBLISHERS:
+            del self._last[next(iter(self._last))]
+        self.count = (self.count or 0) + max(0, number - before - 1)
+
+
+def take(subscription: Any, rcl: _Rcl, missing: Missing) -> memoryview | None:
     """The next message, read-only; None where there is none. RCLError where the middleware fails.
 
     The memory is rcl's, not numpy's: an allocator in Python may be interrupted by a signal's handler that raises, as
     Ctrl-C does, and C would then write to wherever its undefined result points.
     """
-    array = _Array(None, 0, 0, rcl.allocator)
+    array, info = _Array(None, 0, 0, rcl.allocator), bytearray(INFO_BYTES)
     with subscription.handle:
-        code = rcl.take(subscription.handle.pointer, array, None, None)
+        code = rcl.take(subscription.handle.pointer, array, (ctypes.c_char * INFO_BYTES).from_buffer(info), None)
     memory = _Memory(array, rcl.free) if array.buffer else None
     if code == NOTHING_TAKEN:
         rcl.forget_error()
         return None
     rcl.check(code, "cannot take a message from", subscription)
+    number = int.from_bytes(info[NUMBER_AT : NUMBER_AT + 8], sys.byteorder)
+    missing.taken(bytes(info[PUBLISHER_AT:PUBLISHER_END]), number)
     return np.asarray(memory).data if memory is not None else memoryview(b"")
 
 
@@ -138,6 +166,7 @@ class Feed(Waitable):  # type: ignore[type-arg]
 
     def __init__(self, node: Node, subscription: Any, callback: Callable[[memoryview], None], rcl: _Rcl) -> None:
         super().__init__(node.default_callback_group)
+        self.missing = Missing()
         self._node, self._subscription, self._callback, self._rcl = node, subscription, callback, rcl
         self._entered = False
         self._index: int | None = None
@@ -167,7 +196,7 @@ class Feed(Waitable):  # type: ignore[type-arg]
 
     def take_data(self) -> memoryview | None:
         try:
-            return take(self._subscription, self._rcl)
+            return take(self._subscription, self._rcl, self.missing)
         except InvalidHandle:  # destroyed since it was ready
             return None
         except RCLError as error:  # costs this message alone

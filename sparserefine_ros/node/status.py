@@ -12,7 +12,7 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
 @dataclass
 class Counters:
-    """Frames since start-up: received = processed + dropped + malformed + failed + those waiting or in work."""
+    """Frames since configure: received = processed + dropped + malformed + failed + those waiting or in work."""
 
     received: int = 0
     processed: int = 0

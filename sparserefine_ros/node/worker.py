@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparserefine_ros.errors import FrameError
-from sparserefine_ros.node.budget import unaffordable
+from sparserefine_ros.node.budget import unaffordable, unhelped
 from sparserefine_ros.node.camera import Camera
 from sparserefine_ros.node.cdr import read_message
 from sparserefine_ros.node.conversion import to_rgb
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sparserefine_ros.segmenter.segmenter import Choose, Segmentation, Segmenter
 
 QUIET_S = 5.0  # at most one warning of a kind, and of a camera, in this time
+POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -75,19 +76,42 @@ class Worker:
         budget: LatencyBudget | None = None,
     ) -> None:
         self.segmenter, self.scheduler = segmenter, scheduler
-        self.opacity, self.scale, self.budget = opacity, scale, budget
-        self.unaffordable = ""  # why the last frame was left dense by the budget, if it was
+        self.opacity, self.scale = opacity, scale
+        self._budget = budget
+        self._late = ("", -math.inf)  # why the budget was not held, and when that was
         self.stages = StageWindow()
         self._logger, self._ok, self._due = logger, ok, Throttle(QUIET_S)
         self._open: set[Camera] = set()  # whose frame of the batch in work is not counted yet
         self._thread = threading.Thread(target=self._work, name="segment")
         self._thread.start()
 
-    def stop(self) -> None:
-        """Returns when the batch in work is published; frames that wait are counted as dropped."""
+    def stop(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Returns when the batch in work is published; frames that wait are counted as dropped.
+
+        meanwhile: called now and then, where that takes long.
+        """
         for camera, dropped in self.scheduler.close().items():
             camera.counters.add(dropped=dropped)
-        self._thread.join()
+        self._thread.join(POLL_S)
+        while self._thread.is_alive():
+            meanwhile()
+            self._thread.join(POLL_S)
+
+    @property
+    def budget(self) -> LatencyBudget | None:
+        """The latency budget in force."""
+        return self._budget
+
+    @budget.setter
+    def budget(self, budget: LatencyBudget | None) -> None:
+        self._budget = budget
+        self._late = ("", -math.inf)
+
+    @property
+    def unaffordable(self) -> str:
+        """Why the budget was not held for the last frame, if it was not and that is not long ago."""
+        why, at = self._late
+        return why if time.monotonic() - at < QUIET_S else ""
 
     def _work(self) -> None:
         while batch := self.scheduler.take():
@@ -127,12 +151,13 @@ class Worker:
     def _serve(self, frames: list[Frame]) -> bool:
         """Segments frames of one size and publishes their masks; False when the node has been shut down meanwhile."""
         budget, threshold, start = self.budget, self.segmenter.entropy_threshold, time.perf_counter()
-        results = self._segment(frames, None if budget is None else partial(self._choose, budget, frames))
+        choose = partial(self._choose, budget, frames) if budget is not None and self.segmenter.refines else None
+        results = self._segment(frames, choose)
         segment_ms = (time.perf_counter() - start) * 1e3
         for frame, done in zip(frames, results, strict=True):
             error = done.error
             if done.result is not None:
-                if budget is not None:  # nothing is above infinity: the frame was left dense
+                if choose is not None:  # nothing is above infinity: the frame was left dense
                     threshold = math.inf if done.result.threshold is None else done.result.threshold
                 try:
                     self._publish(frame, done, threshold, segment_ms)
@@ -143,7 +168,9 @@ class Worker:
                     return False
                 what = str(error) if isinstance(error, FrameError) else f"{type(error).__name__}: {error}"
                 self._failed(frame.camera, f"segmenting it failed: {what}")
-        if budget is not None and all(done.result is not None and done.refined for done in results):
+        if budget is not None and choose is None:
+            self._tell(unhelped(budget, _age_ms(frames)))
+        elif budget is not None and all(done.result is not None and done.refined for done in results):
             budget.observe(_age_ms(frames))
         return True
 
@@ -158,10 +185,14 @@ class Worker:
         """The threshold of a batch, by the age of its oldest frame."""
         spent_ms = _age_ms(frames)
         threshold = budget.choose(spent_ms, entropy, pixels)
-        self.unaffordable = "" if threshold is not None else unaffordable(budget, spent_ms)
-        if self.unaffordable and self._due("budget"):
-            self._logger.warning(self.unaffordable)
+        self._tell("" if threshold is not None else unaffordable(budget, spent_ms))
         return threshold
+
+    def _tell(self, late: str) -> None:
+        """Notes why the budget is not held, empty where it is."""
+        self._late = (late, time.monotonic())
+        if late and self._due("budget"):
+            self._logger.warning(late)
 
     def _segment(self, frames: list[Frame], choose: Choose | None) -> list[Done]:
         segment = self.segmenter.segment if choose is None else partial(self.segmenter.segment, choose=choose)
