@@ -1,12 +1,14 @@
-"""Confidence intervals by the bootstrap over frames (Efron, 1979): percentile intervals, paired where two runs saw the
-same frames.
+"""Confidence intervals by the bootstrap over blocks of frames (Kuensch, 1989): percentile intervals, paired where two
+runs saw the same frames.
 
-A resample draws as many frames as there are, with replacement; a metric of pixel counts is then computed from the
-summed counts, as it is over the whole drive. In a paired comparison both runs get the same frames of every resample, so
-that what makes a frame hard for both does not widen the interval.
+Frames of one drive resemble their neighbours; drawn one by one they would seem to say more than they do. So a resample
+draws blocks of F^(1/3) neighbours (Hall et al., 1995), with replacement and around the end, until it has as many frames
+as there are; a metric of pixel counts is then computed from the summed counts, as it is over the whole drive. In a
+paired comparison both runs get the same frames of every resample, so that what makes a frame hard for both does not
+widen the interval.
 
-Frames of one drive resemble their neighbours. The interval tells what other frames *of this drive* would have given,
-and is narrower than that of another drive.
+The interval tells what other frames *of this drive* would have given, and is narrower than that of another drive; where
+frames resemble others further away than a block, it is still too narrow.
 
 Shape shorthand: F frames, R resamples, K classes.
 """
@@ -23,9 +25,14 @@ CONFIDENCE = 0.95
 SEED = 0
 CHUNK = 100  # resamples at a time: bounds the memory
 MIN_FRAMES = 10
-"""Fewer frames give no interval: their resamples repeat each other."""
+"""Fewer frames, or fewer in which a class occurs, give no interval: their resamples repeat each other."""
+BEYOND = 5
+"""As many frames must be expected beyond a quantile for its interval."""
 
-METHOD = f"{100 * CONFIDENCE:.0f} % percentile intervals of {RESAMPLES} bootstrap resamples over frames, seed {SEED}"
+METHOD = (
+    f"{100 * CONFIDENCE:.0f} % percentile intervals of {RESAMPLES} bootstrap resamples over blocks of neighbouring "
+    f"frames, seed {SEED}"
+)
 
 
 @dataclass(frozen=True)
@@ -45,10 +52,13 @@ class Interval:
 def weights(frames: int, resamples: int = RESAMPLES, seed: int = SEED) -> np.ndarray:
     """[R, F] uint16: how often each frame is drawn in each resample; every row sums to F. R = 0 below `MIN_FRAMES`."""
     drawn = np.empty((resamples if frames >= MIN_FRAMES else 0, frames), np.uint16)
-    rng = np.random.default_rng(seed)
+    rng, block = np.random.default_rng(seed), max(1, round(frames ** (1 / 3)))
     for i in range(0, len(drawn), CHUNK):
         chunk = drawn[i : i + CHUNK]
-        chunk[:] = rng.multinomial(frames, np.full(frames, 1 / frames), size=len(chunk))
+        starts = rng.integers(frames, size=(len(chunk), -(-frames // block), 1))
+        at = ((starts + np.arange(block)) % frames).reshape(len(chunk), -1)[:, :frames]
+        rows = np.arange(len(chunk))[:, None] * frames
+        chunk[:] = np.bincount((rows + at).ravel(), minlength=chunk.size).reshape(chunk.shape)
     return drawn
 
 
@@ -61,14 +71,21 @@ def resample_sums(counts: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     return sums.reshape(len(drawn), *counts.shape[1:])
 
 
-def interval(value: float, distribution: np.ndarray) -> Interval:
-    """The percentile interval of ``distribution`` [R] around ``value``; nan entries are left out."""
+def interval(value: float, distribution: np.ndarray, enough: bool = True) -> Interval:
+    """The percentile interval of ``distribution`` [R] around ``value``; nan entries are left out. None where there were
+    not ``enough`` frames for one."""
     known = distribution[np.isfinite(distribution)]
-    if not known.size:
+    if not known.size or not enough:
         return Interval(value, float("nan"), float("nan"))
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(known, [tail, 100 - tail])
     return Interval(value, float(low), float(high))
+
+
+def frames_with(counts: np.ndarray) -> np.ndarray:
+    """[K]: in how many frames each class occurs, in label or mask; from confusion matrices ``counts`` [F, K, K + 1]."""
+    result: np.ndarray = ((counts.sum(-1) + counts[..., :-1].sum(-2)) > 0).sum(0)
+    return result
 
 
 def resampled_quantiles(values: np.ndarray, drawn: np.ndarray, q: float) -> np.ndarray:

@@ -75,9 +75,10 @@ def intervals(score: Score) -> dict[str, Any] | None:
     confusion = bootstrap.resample_sums(np.stack([f.confusion for f in score.frames.values()]), drawn)
     bands = bootstrap.resample_sums(np.stack([f.boundary for f in score.frames.values()]), drawn)
     iou = bootstrap.iou_by_class(confusion)
+    frames = bootstrap.frames_with(np.stack([f.confusion for f in score.frames.values()]))
 
-    def ends(distribution: np.ndarray) -> list[float | None]:
-        found = bootstrap.interval(math.nan, distribution)
+    def ends(distribution: np.ndarray, enough: bool = True) -> list[float | None]:
+        found = bootstrap.interval(math.nan, distribution, enough)
         return [_number(found.low), _number(found.high)]
 
     return {
@@ -85,7 +86,10 @@ def intervals(score: Score) -> dict[str, Any] | None:
         "miou": ends(bootstrap.class_mean(iou)),
         "boundary_iou": ends(bootstrap.class_mean(boundary.boundary_iou(bands))),
         "pixel_accuracy": ends(bootstrap.accuracy(confusion)),
-        "iou": {name: ends(iou[:, i]) for i, name in enumerate(score.matrix.classes.names)},
+        "iou": {
+            name: ends(iou[:, i], frames[i] >= bootstrap.MIN_FRAMES)
+            for i, name in enumerate(score.matrix.classes.names)
+        },
     }
 
 

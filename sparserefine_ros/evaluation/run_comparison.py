@@ -1,7 +1,8 @@
 """Two evaluations of one bag, frame by frame: what differs, and whether by more than chance.
 
 Method: `bootstrap`, paired by header stamp. Accuracy is taken over the frames that were scored in both runs, latency
-and density over those that both answered or timed.
+and density over those that both answered or timed. Latency is of these two runs: what else the machine did at the time
+is in all frames of a run alike, and no resampling of frames can tell it from the change that is looked for.
 
 Shape shorthand: F frames in both runs, R resamples, K classes.
 """
@@ -39,11 +40,11 @@ class Row:
     a: float
     b: float
     difference: bootstrap.Interval
-    higher_is_better: bool | None = True  # None: neither
+    higher_is_better: bool | None = True  # None: neither, or nothing that the difference could be put down to
 
     @property
     def verdict(self) -> str:
-        """better, worse or, of what is neither, changed: the interval excludes zero; open: no such interval."""
+        """better, worse or, of what may be either, changed: the interval excludes zero; open: no such interval."""
         if not self.difference.excludes_zero:
             return "open"
         if self.higher_is_better is None:
@@ -67,14 +68,18 @@ class Comparison:
 def load(path: Path) -> dict[str, Any]:
     """The result that `sparserefine evaluate --json` wrote. Raises ResultError for anything else."""
     try:
-        result = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        result = json.loads(path.read_text("utf-8"), parse_constant=_no_number)
+    except (OSError, ValueError, RecursionError) as error:
         raise ResultError(f"cannot read {path} as a result: {error}; give the file of evaluate's --json") from error
     wanted = {"per_frame": dict, "classes": dict, "bag": dict, "model": str, "mode": str}
     for key, kind in wanted.items():
         if not isinstance(result, dict) or not isinstance(result.get(key), kind):
             raise ResultError(f"{path} has no {key!r}: it is no result of this version's evaluate; evaluate again")
     return result
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"it holds {name}, which evaluate does not write")
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
@@ -121,6 +126,8 @@ def _check_comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
             f"the runs are of different bags ({a['bag']['name']}, sha256 {a['bag']['sha256'][:12]}, and "
             f"{b['bag']['name']}, {b['bag']['sha256'][:12]}); frames can be paired within one bag only"
         )
+    if not all(isinstance(name, str) for run in (a, b) for name in run["classes"]["names"]):
+        raise TypeError("classes whose names are no text")
     if a["classes"]["names"] != b["classes"]["names"]:
         raise ResultError(f"the runs have different classes: {a['classes']['names']} and {b['classes']['names']}")
 
@@ -152,8 +159,15 @@ def _accuracy(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[Row], li
         _row("boundary IoU", "%", mean(boundary[0]), mean(boundary[1])),
         _row("right pixels", "%", right[0], right[1]),
     ]
+    frames = bootstrap.frames_with(confusion[0] + confusion[1])
     classes = [
-        _row(name, "%", (iou[0][0][k], iou[0][1][:, k]), (iou[1][0][k], iou[1][1][:, k]))
+        _row(
+            name,
+            "%",
+            (iou[0][0][k], iou[0][1][:, k]),
+            (iou[1][0][k], iou[1][1][:, k]),
+            enough=frames[k] >= bootstrap.MIN_FRAMES,
+        )
         for k, name in enumerate(a["classes"]["names"])
     ]
     return rows, classes, len(in_a)
@@ -184,7 +198,8 @@ def _timing(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[Row], int]
             ends = [
                 (np.percentile(v[known], 100 * q), bootstrap.resampled_quantiles(v[known], drawn, q)) for v in latency
             ]
-            rows.append(_row(f"latency {name}", "ms", ends[0], ends[1], higher_is_better=False))
+            enough = known.sum() * (1 - q) >= bootstrap.BEYOND * (1 - 1e-9)
+            rows.append(_row(f"latency {name}", "ms", ends[0], ends[1], higher_is_better=None, enough=bool(enough)))
     return rows, int(known.sum())
 
 
@@ -194,8 +209,9 @@ def _row(
     a: tuple[np.ndarray, np.ndarray],
     b: tuple[np.ndarray, np.ndarray],
     higher_is_better: bool | None = True,
+    enough: bool = True,
 ) -> Row:
-    difference = bootstrap.interval(float(b[0] - a[0]), b[1] - a[1])
+    difference = bootstrap.interval(float(b[0] - a[0]), b[1] - a[1], enough)
     return Row(name, unit, float(a[0]), float(b[0]), difference, higher_is_better)
 
 
