@@ -277,6 +277,23 @@ def test_unreadable_files(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, file)
     with pytest.raises(BundleError, match="no state dict"):
         read_checkpoint(file)
+    torch.save({0: torch.zeros(2)}, file)
+    with pytest.raises(BundleError, match="no state dict"):
+        read_checkpoint(file)
+    plain = torch.eye(3)
+    odd = {
+        "sparse": plain.to_sparse(), "meta": plain.to("meta"), "complex": plain + 1j, "bool": plain > 0,
+        "quantised": torch.quantize_per_tensor(plain, 0.1, 0, torch.qint8), "int8": plain.to(torch.int8),
+        "nested": torch.nested.nested_tensor([plain[0], plain[1, :2]]),
+    }  # fmt: skip
+    for name, tensor in odd.items():
+        torch.save({"good": plain, name: tensor}, file)
+        with pytest.raises(
+            BundleError, match=f"(weight '{name}' is no plain tensor|damaged or holds more|cannot read)"
+        ):
+            read_checkpoint(file)
+    torch.save({"good": plain, "counter": torch.tensor(3), "half": plain.half()}, file)
+    assert list(read_checkpoint(file)) == ["good", "counter", "half"]
     with pytest.raises(BundleError, match="cannot read checkpoint .*nothing.pth"):
         read_checkpoint(tmp_path / "nothing.pth")
 

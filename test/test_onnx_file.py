@@ -5,6 +5,8 @@ Shape shorthand: B images, K classes, h, w low resolution.
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -161,7 +163,7 @@ def test_a_file_of_one_size_runs_one_image_at_a_time(tmp_path: Path, frame: np.n
         Segmenter(replace(bundle, refiner=patches), "cpu")
 
 
-def test_nothing_runs_but_what_was_hashed(tmp_path: Path, frame: np.ndarray) -> None:
+def test_nothing_runs_but_what_was_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = import_checkpoint(write(Own(), tmp_path / "own.onnx"), None, CAMVID, tmp_path / "mine", SIZE)
     file, onnx = bundle.path / "dense.onnx", pytest.importorskip("onnx")
     whole = file.read_bytes()
@@ -171,8 +173,26 @@ def test_nothing_runs_but_what_was_hashed(tmp_path: Path, frame: np.ndarray) -> 
     file.write_bytes(whole)
     onnx.save_model(onnx.load(file), file, save_as_external_data=True, location="w.data", size_threshold=0)
     rehash(bundle.path)
-    with pytest.raises(BundleError, match="cannot run .*dense.onnx: .*xternal"):  # no hash covers w.data
+    monkeypatch.chdir(bundle.path)  # where the runtime would look for w.data, which no hash covers
+    with pytest.raises(BundleError, match="dense.onnx has weights in other files; import it again"):
         Segmenter(Bundle.load(bundle.path), "cpu")
+
+
+def test_the_runtime_tells_nobody(tmp_path: Path) -> None:
+    """Its wheels name the machine to Microsoft unless this stands in the environment before they are imported."""
+    pytest.importorskip("onnxruntime")
+    code = "from sparserefine_ros.segmenter.onnx_session import onnxruntime; import os, sys\n"
+    code += "onnxruntime(); print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"} | {
+        "XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)
+    }  # fmt: skip
+    for given, said in (({}, "1"), ({"ORT_DISABLE_TELEMETRY": "0"}, "0")):  # unless the user wants it
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**environment, **given}, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == said, done.stderr
+        if not given:
+            assert not list(tmp_path.iterdir())
 
 
 def test_functions_of_its_own_are_no_foreign_operators(tmp_path: Path, frame: np.ndarray) -> None:

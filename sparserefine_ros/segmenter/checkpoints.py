@@ -65,9 +65,20 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
         raise BundleError(f"cannot read checkpoint {file}: {error}; give a .pth or .safetensors file") from error
     if isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
         data = data["state_dict"]
-    if not isinstance(data, dict) or not all(isinstance(value, Tensor) for value in data.values()):
+    if not isinstance(data, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items()):
         raise BundleError(f"{file} holds no state dict of named weights; give a checkpoint of mmsegmentation")
+    for name, tensor in data.items():
+        if not _is_plain(tensor):
+            what = f"{str(tensor.dtype).removeprefix('torch.')}, {str(tensor.layout).removeprefix('torch.')}"
+            raise BundleError(f"{file}: weight {name!r} is no plain tensor of numbers ({what}); save it as float32")
     return dict(data)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it has its values in memory, one after another; counters and index tables are whole numbers."""
+    dense = tensor.layout is torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
+    numbers = tensor.is_floating_point() or tensor.dtype in (torch.int32, torch.int64)
+    return dense and numbers and not tensor.is_quantized
 
 
 def _release(version: str) -> tuple[int, ...]:

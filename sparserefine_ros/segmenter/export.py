@@ -26,10 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparserefine_ros.errors import ExportError
+from sparserefine_ros.errors import ExportError, ParameterError
 from sparserefine_ros.networks.offseg import OffSeg
 from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.superpixel import SuperpixelTransformer
+from sparserefine_ros.segmenter.onnx_session import onnxruntime
 from sparserefine_ros.segmenter.plain_pipeline import PipelineOutput, PlainPipeline
 from sparserefine_ros.segmenter.preprocess import resize
 from sparserefine_ros.segmenter.segmenter import Segmenter
@@ -205,7 +206,10 @@ def _write(
 
 
 def _run(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-    runtime: Any = require("onnxruntime", "onnxruntime")
+    try:
+        runtime = onnxruntime()
+    except ParameterError as error:
+        raise ExportError(f"export runs what it has written: {error}") from error
     try:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()

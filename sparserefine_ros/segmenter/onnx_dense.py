@@ -31,6 +31,7 @@ from sparserefine_ros.segmenter.bundle_files import read_weights
 from sparserefine_ros.segmenter.onnx_session import Progress, onnxruntime, open_session, pick_providers, provider_of
 
 NUMPY = {torch.float32: np.float32, torch.float16: np.float16}
+ELSEWHERE = b"\n\x08location"  # begins the field of a tensor that names the file of its data (onnx.proto)
 FORMAT = 1  # of the files kept; another number exports anew
 MAX_SESSIONS = 8  # where each serves one size: cameras that change theirs must not fill the memory
 MAX_FILES = 32  # exported, of all networks and sizes, and as many engines: nor the disk
@@ -63,9 +64,9 @@ class ExportedNetwork:
 
     def file(self, size: tuple[int, int], fixed: bool) -> Path:
         """The file for images of ``size`` (h, w); with ``fixed``, for one image of that size alone."""
-        from sparserefine_ros.segmenter.export import export_dense
+        from sparserefine_ros.segmenter.export import OPSET, export_dense
 
-        what = [FORMAT, self.identity, self.half, size if fixed else None]
+        what = [FORMAT, OPSET, str(torch.__version__), self.identity, self.half, size if fixed else None]
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         file = self.folder / f"dense-{key[:24]}.onnx"
         if file.exists():
@@ -100,8 +101,12 @@ class GivenFile:
         return self.path
 
     def content(self) -> bytes:
-        """What is hashed is what is parsed; BundleError where that is not what the bundle says."""
-        return read_weights(self.path.parent, self.path.name, self.sha256)
+        """What is hashed is what is parsed; BundleError where that is not what the bundle says, or not all of it: the
+        runtime would read weights in other files unhashed, from wherever the process was started."""
+        content = read_weights(self.path.parent, self.path.name, self.sha256)
+        if ELSEWHERE in content:
+            raise BundleError(f"{self.path} has weights in other files; import it again, which makes one file of them")
+        return content
 
 
 Source: TypeAlias = ExportedNetwork | GivenFile

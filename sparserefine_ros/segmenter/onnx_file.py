@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from sparserefine_ros.errors import BundleError
+from sparserefine_ros.errors import BundleError, ParameterError
+from sparserefine_ros.segmenter.onnx_session import onnxruntime
 from sparserefine_ros.whole_files import write_whole
 
 TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
@@ -48,7 +49,7 @@ def inspect(file: Path, num_classes: int, size: tuple[int, int]) -> OnnxFile:
     Raises BundleError, saying how to export it instead, where it is unreadable, is no segmenter of ``num_classes``
     classes, was exported while training, or gives class ids or probabilities in place of logits.
     """
-    onnx, runtime = _package("onnx"), _package("onnxruntime")
+    onnx, runtime = _packages()
     try:
         model = onnx.load(file)
         if model.ByteSize() > MAX_BYTES:
@@ -147,10 +148,15 @@ def _run(session: Any, outputs: list[str] | None, images: np.ndarray) -> list[np
     return arrays
 
 
-def _package(name: str) -> Any:
+def _packages() -> tuple[Any, Any]:
+    """onnx and onnxruntime."""
     try:
-        return __import__(name)
-    except ImportError as error:
+        name = "onnx"
+        import onnx
+
+        name = "onnxruntime"
+        return onnx, onnxruntime()
+    except (ImportError, ParameterError) as error:
         raise BundleError(f"an ONNX file needs the package {name}: pip install onnx onnxruntime ({error})") from error
 
 

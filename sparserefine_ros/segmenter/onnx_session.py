@@ -7,6 +7,7 @@ CPU's is tested.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +27,8 @@ logger = logging.getLogger("sparserefine_ros")  # the package's own: where launc
 
 
 def onnxruntime() -> Any:
-    """The package; ParameterError saying how to install it."""
+    """The package, which then tells nobody that it is used; ParameterError saying how to install it."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # once imported, its wheels queue device and CPU for Microsoft
     try:
         import onnxruntime
     except ImportError as error:
