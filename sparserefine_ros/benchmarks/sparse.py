@@ -1,6 +1,7 @@
-"""The sparse U-Net on one mask: every engine and peer in turn, in one run.
+"""The sparse U-Net on one mask: every engine in turn, and then the peers, in one run.
 
-Times are medians over rounds in which every engine runs once, so that they share whatever the machine is doing. They
+Times of engines are medians over rounds in which every engine runs once, so that they share whatever the machine is
+doing; a peer's passes come after them (`sparse_peers`), and its ratio may hold what the machine did in between. All
 include the neighbour maps, which a frame has to build too. Useful work is pairs of sites times channels: what padding,
 zeros or bounds cost counts as time, never as work. An engine that needs fewer multiplications, as Winograd's, may so
 exceed what the machine's matrix product reaches.

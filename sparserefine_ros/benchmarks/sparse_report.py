@@ -33,9 +33,9 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     setting.append(f"selection, classifier and ensembler {result['ends_ms']:.1f} ms ({result['ends_ms'] / mine:.1%})")
     method = (
-        f"Medians of {case['repeats']} rounds in turn after one, maps included; spconv on one thread, where alone "
-        f"its CPU build is right; dense once. GMAC are the plain convolution's, also where blocks of pixels need "
-        f"fewer.{missing}"
+        f"Medians of {case['repeats']} rounds in turn after one, maps included; the peers after them: spconv on one "
+        "thread, where alone its CPU build is right; dense once. GMAC are the plain convolution's, also where blocks "
+        f"of pixels need fewer.{missing}"
     )
     lines += ["", ", ".join(setting) + ". " + method]
     return "\n".join(lines)
