@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import stat
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -42,6 +44,15 @@ def write_whole(file: Path, content: bytes) -> None:
     """``content`` into ``file``, as `whole` does."""
     with whole(file) as partial:
         partial.write_bytes(content)
+
+
+def sweep(file: Path, older_s: float = 3600.0) -> None:
+    """Removes what processes that were killed while they wrote ``file`` have left beside it; of others nothing is so
+    old."""
+    for left in file.parent.glob(f".{glob.escape(file.stem[:100])}.????????.part{glob.escape(file.suffix)}"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > older_s:
+                left.unlink()
 
 
 def _partial(file: Path) -> Path | None:

@@ -16,6 +16,7 @@ from sparserefine_ros.datasets.base import Sample
 from sparserefine_ros.datasets.classes import CAMVID, CITYSCAPES
 from sparserefine_ros.errors import BagError, DatasetError, TrainingError
 from sparserefine_ros.evaluation.bag_writer import BagWriter
+from sparserefine_ros.evaluation.bags import Bag
 from sparserefine_ros.evaluation.compare import HR, LR, REFINED, compare
 from sparserefine_ros.networks.compact import CompactSegmenter
 from sparserefine_ros.node.conversion import to_rgb
@@ -85,6 +86,47 @@ def test_a_student_comes_closer_to_its_teacher(bundle: Bundle, tmp_path: Path) -
     assert again == made  # resumed at its end; labels change nothing
     with pytest.raises(TrainingError, match="holds a run with frames 20, here it is 19"):
         distill(bundle, SCENES[1:], tmp_path / "new", tmp_path / "runs", CPU, STUDENT, recall=0.9)
+    others = [sample._replace(image=255 - sample.image) for sample in SCENES]
+    with pytest.raises(TrainingError, match="holds a run with pixels .{64}, here it is"):
+        distill(bundle, others, tmp_path / "new", tmp_path / "runs", CPU, STUDENT, recall=0.9)
+
+
+def test_a_branch_trained_anew_has_a_gate_of_its_own(bundle: Bundle, tmp_path: Path) -> None:
+    """Who removes the branch's checkpoint, as its error says, must not get the gate of the branch before."""
+    once, twice = replace(STUDENT, epochs=1), replace(STUDENT, epochs=2)
+    runs = tmp_path / "runs"
+    distill(bundle, SCENES, tmp_path / "new", runs, CPU, once)
+    (runs / "refiner.ckpt").unlink()
+    with pytest.raises(TrainingError, match=r"ensembler.ckpt was written by another run, with refiner .*remove it"):
+        distill(bundle, SCENES, tmp_path / "new", runs, CPU, twice)
+    (runs / "ensembler.ckpt").unlink()
+    mended, _ = distill(bundle, SCENES, tmp_path / "new", runs, CPU, twice)
+    fresh, _ = distill(bundle, SCENES, tmp_path / "fresh", tmp_path / "others", CPU, twice)
+    assert mended.refiner == fresh.refiner
+
+
+def test_what_cannot_be_read_costs_itself_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture of a folder, and labels that nobody needs."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for sample in SCENES[:3]:
+        cv2.imwrite(str(folder / f"{sample.name}.png"), sample.image[..., ::-1])
+    (folder / "1.png").write_text("no picture")
+    assert [frame.name for frame in read_frames(folder, CAMVID, to_rgb, 10)] == ["0", "2"]
+    assert "frame left out: cannot decode" in caplog.text
+    label = SCENES[0].label
+    assert label is not None
+    half, unknown = label[::2, ::2], np.where(label == 3, 77, label).astype(np.uint8)
+    with BagWriter(tmp_path / "bag", CAMVID) as bag:
+        for sample in SCENES[:4]:
+            bag.write(sample.image, sample.label, 10 + sample.stamp_ns)
+    theirs = dict(zip(range(10, 14), (label, half, unknown, np.full_like(label, 255)), strict=True))
+    monkeypatch.setattr(Bag, "labels", lambda bag: theirs.items())  # as another tool writes them
+    labels = [frame.label for frame in read_frames(tmp_path / "bag", CAMVID, to_rgb, 10)]
+    assert [found is not None for found in labels] == [True, False, False, True]
+    assert caplog.text.count("another size, or ids of no class") == 2
 
 
 def test_an_untrained_student_is_low_resolution(
@@ -162,7 +204,7 @@ def test_whole_blocks_are_held_out() -> None:
         ("nowhere", DatasetError, "there are no frames at .*nowhere"),
         ("empty", DatasetError, "no .jpg, .jpeg, .png files in .*empty"),
         ("broken.mcap", BagError, "cannot read the bag"),
-        ("text", DatasetError, "cannot decode .*a.png"),
+        ("text", DatasetError, "not one picture of .*text can be used: cannot decode .*a.png"),
     ],
 )
 def test_frames_that_are_none(tmp_path: Path, name: str, error: type[Exception], message: str) -> None:

@@ -28,7 +28,6 @@ from sparserefine_ros.evaluation import bag_messages as messages
 from sparserefine_ros.evaluation import curves, files
 from sparserefine_ros.evaluation.bag_writer import IMAGE_TOPIC, START_NS, BagWriter
 from sparserefine_ros.evaluation.bags import Bag
-from sparserefine_ros.evaluation.mask_spool import MaskSpool
 from sparserefine_ros.evaluation.metrics import ConfusionMatrix
 from sparserefine_ros.segmenter.bundle import Bundle
 from sparserefine_ros.segmenter.segmenter import Segmenter
@@ -207,12 +206,12 @@ def test_a_label_of_another_size_than_its_jpeg_is_said_before_the_replay(
 
 def test_curves_hold_no_more_than_their_pixels(bag: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Frames of 72x48: six of them, or as many as fit, one at least."""
-    with Bag(bag) as opened, MaskSpool() as spool:
-        for stamp, label in opened.labels():
-            spool.put_mask(stamp, label)
+    with Bag(bag) as opened:
+        scored = {stamp for stamp, _ in opened.labels()}
         for pixels, expected in ((6 * 72 * 48, 6), (3 * 72 * 48 + 1, 3), (1, 1)):
             monkeypatch.setattr(curves, "PIXELS", pixels)
-            assert len(evaluation_session._labelled_samples(opened, spool)) == expected
+            assert len(evaluation_session._labelled_samples(opened, scored)) == expected
+        assert [s.stamp_ns for s in evaluation_session._labelled_samples(opened, {max(scored)})] == [max(scored)]
 
 
 def test_node_that_cannot_start_is_quoted(tmp_path: Path) -> None:

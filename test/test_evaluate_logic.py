@@ -16,7 +16,6 @@ from rich.console import Console
 
 from sparserefine_ros.datasets.classes import CAMVID, ClassList
 from sparserefine_ros.datasets.pictures import read_ids, read_rgb
-from sparserefine_ros.errors import BagError
 from sparserefine_ros.evaluation import gallery, picture, replay_metrics, report
 from sparserefine_ros.evaluation.mask_spool import MaskSpool
 from sparserefine_ros.evaluation.replay_metrics import ReplayLog
@@ -103,9 +102,14 @@ def test_labels_without_an_image_are_told_apart_from_frames_without_a_mask() -> 
     assert "1 labels are left out" in text and "holds no message" not in text and "no mask" not in text
 
 
-def test_score_refuses_sizes_that_differ() -> None:
-    with pytest.raises(BagError, match="stamp 1 ns the mask is 4x3 but its label 5x3"):
-        replay_metrics.score([(1, np.zeros((3, 5), np.uint8))], Masks({1: np.zeros((3, 4), np.uint8)}), THREE)
+def test_labels_of_another_size_are_left_out_and_told() -> None:
+    """One of a thousand, found when all have been segmented, must not cost the rest."""
+    label, larger = np.zeros((3, 4), np.uint8), np.zeros((3, 5), np.uint8)
+    score = replay_metrics.score([(1, larger), (2, label)], Masks({1: label, 2: label}), THREE)
+    assert (score.labelled, score.scored, score.other_size) == (1, 1, 1) and list(score.frames) == [2]
+    seen = log({1: 0.0, 2: 0.0}, {1: 1.0, 2: 1.0}, received=2)
+    text = "\n".join(report.remarks(report.build(seen, score, FACTS)))
+    assert "1 labels are left out: they are of another size than their images" in text and "got no mask" not in text
 
 
 @given(st.integers(0, 50), st.integers(1, 8))

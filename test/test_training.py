@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +111,17 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     fewer.samples = 7
     with pytest.raises(TrainingError, match="with frames 8 where it is 7 here"):
         train(fewer, once, tmp_path, "dense", 0, CPU, origin)
+
+
+def test_what_a_killed_run_has_left_goes(tmp_path: Path) -> None:
+    left, fresh, others = (tmp_path / name for name in (".dense.0123abcd.part.ckpt", ".dense.0123abce.part.ckpt", ".x"))
+    for file in (left, fresh, others):
+        file.write_bytes(b"half")
+    for file in (left, others):
+        os.utime(file, (1000, 1000))
+    once = replace(TINY, epochs=1)
+    train(task(once), once, tmp_path, "dense", 0, CPU)
+    assert not left.exists() and fresh.exists() and others.exists()
 
 
 def test_ctrl_c_says_where_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -87,7 +87,7 @@ def evaluate(options: Options, console: Console) -> dict[str, Any]:
         result = report.build(log, score, facts)
         result["curves"] = None
         if options.report:
-            result["curves"] = curves.measure(segmenter, _labelled_samples(bag, spool))
+            result["curves"] = curves.measure(segmenter, _labelled_samples(bag, score.frames if score else ()))
         if options.json:  # the numbers first: the page takes longest
             report.write_json(result, options.json)
         if options.report:
@@ -212,10 +212,9 @@ def _decoder(segmenter: Segmenter) -> str:
     return " + ".join(parts) or "dense"
 
 
-def _labelled_samples(bag: Bag, spool: MaskSpool) -> list[Sample]:
-    """Frames with ground truth and a mask, evenly spaced over the drive, for `curves.measure`."""
-    have_masks = set(spool.stamps())
-    sizes = {stamp: label.size for stamp, label in bag.labels() if stamp in have_masks}
+def _labelled_samples(bag: Bag, scored: Container[int]) -> list[Sample]:
+    """Frames of those that were ``scored``, evenly spaced over the drive, for `curves.measure`."""
+    sizes = {stamp: label.size for stamp, label in bag.labels() if stamp in scored}
     count = min(curves.FRAMES, max(1, curves.PIXELS // max(sizes.values(), default=1)))
     chosen = set(replay_metrics.evenly_spaced(list(sizes), count))
     labels = {stamp: label for stamp, label in bag.labels() if stamp in chosen}

@@ -16,7 +16,6 @@ from typing import Protocol
 import numpy as np
 
 from sparserefine_ros.datasets.classes import ClassList
-from sparserefine_ros.errors import BagError
 from sparserefine_ros.evaluation.bootstrap import class_mean
 from sparserefine_ros.evaluation.boundary import boundary_counts, boundary_iou
 from sparserefine_ros.evaluation.metrics import ConfusionMatrix
@@ -60,6 +59,7 @@ class Score:
     labelled: int  # frames with ground truth
     frames: dict[int, FrameCounts]  # stamp -> counts, of those that have a mask
     without_image: int = 0  # labels with a stamp that no image has
+    other_size: int = 0  # labels of another size than their masks
 
     @property
     def scored(self) -> int:
@@ -135,31 +135,29 @@ def score(
     classes: ClassList,
     images: Container[int] | None = None,
 ) -> Score:
-    """One confusion matrix over all frames; masks and ground truth are joined by stamp, frames without a mask left out.
+    """One confusion matrix over all frames; masks and ground truth are joined by stamp. Frames without a mask, and
+    labels of another size than theirs, are left out.
 
     ``labels``: (stamp in ns, [H, W] uint8, 255 = ignored); ``images``: the stamps of the images, all by default.
-    Raises BagError where a mask and its label differ in size.
     """
     matrix = ConfusionMatrix(classes)
-    labelled, without_image, frames = 0, 0, {}
+    labelled, without_image, other_size, frames = 0, 0, 0, {}
     for stamp, label in labels:
         if images is not None and stamp not in images:
             without_image += 1
             continue
-        labelled += 1
         mask = masks.get(stamp)
+        if mask is not None and mask.shape != label.shape:
+            other_size += 1
+            continue
+        labelled += 1
         if mask is None:
             continue
-        if mask.shape != label.shape:
-            raise BagError(
-                f"at stamp {stamp} ns the mask is {mask.shape[1]}x{mask.shape[0]} but its label "
-                f"{label.shape[1]}x{label.shape[0]}; record images and labels at the same size"
-            )
         before = matrix.counts.copy()
         matrix.update(label, mask)
         counts = (matrix.counts - before).astype(np.int32)
         frames[stamp] = FrameCounts(counts, boundary_counts(label, mask, len(classes)).astype(np.int32))
-    return Score(matrix, labelled, frames, without_image)
+    return Score(matrix, labelled, frames, without_image, other_size)
 
 
 def evenly_spaced(stamps: Sequence[int], count: int) -> list[int]:

@@ -50,6 +50,7 @@ def build(log: ReplayLog, score: Score | None, facts: Mapping[str, Any]) -> dict
         "frames_labelled": score.labelled if score else 0,
         "frames_scored": score.scored if score else 0,
         "labels_without_image": score.without_image if score else 0,
+        "labels_of_other_size": score.other_size if score else 0,
         "density": replay_metrics.mean_density(log),
         "frames": replay_metrics.count_frames(log),
         "node_counters": log.counters,
@@ -136,7 +137,7 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
     frames = report["frames"]
     if report["iou"] is None:
         lines.append("the bag has no ground truth, so no mIoU; only latency, density and counts are measured")
-    elif report["frames_labelled"] == 0 and not report["labels_without_image"]:
+    elif not any(report[name] for name in ("frames_labelled", "labels_without_image", "labels_of_other_size")):
         lines.append("the bag's ground-truth topic holds no message, so there is no mIoU")
     elif report["frames_scored"] < report["frames_labelled"]:
         lines.append(
@@ -147,6 +148,8 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"{count} labels are left out: no image has their stamp; a label must bear the header.stamp of its image"
         )
+    if count := report["labels_of_other_size"]:
+        lines.append(f"{count} labels are left out: they are of another size than their images")
     if report["absent_classes"] and report["frames_scored"]:
         lines.append(f"left out of mIoU, neither labelled nor predicted: {', '.join(report['absent_classes'])}")
     if frames["processed"] == 0 and frames["sent"]:

@@ -95,7 +95,7 @@ def _tiles(image: np.ndarray, mask: np.ndarray, label: np.ndarray | None, segmen
     classes: ClassList = segmenter.classes
     entropy = segmenter.segment([image])[0].entropy
     views = {"image": image, "mask": picture.overlay(image, mask, classes)}
-    if label is not None:
+    if label is not None and label.shape == mask.shape:
         views["ground truth"] = picture.overlay(image, label, classes)
         views["errors"] = picture.errors(image, mask, label)
     views["entropy"] = heat(entropy / math.log(len(classes)))

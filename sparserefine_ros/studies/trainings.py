@@ -17,6 +17,7 @@ from sparserefine_ros.segmenter.segmenter import Segmenter
 from sparserefine_ros.studies.features import FeatureTap
 from sparserefine_ros.studies.report import Report, Setting, bar_gains, percent
 from sparserefine_ros.studies.variants import FeatureGateTask, FeatureTask, Variant, build_variant
+from sparserefine_ros.training.bundle import weights_digest
 from sparserefine_ros.training.ensembler import EnsemblerTask
 from sparserefine_ros.training.loop import train
 from sparserefine_ros.training.recipe import StageRecipe
@@ -125,7 +126,8 @@ def train_variant(variant: Variant, recipe: StageRecipe, gate: StageRecipe | Non
         torch.manual_seed(SEED)
         gate_kind = FeatureGateTask if variant.features else EnsemblerTask
         gate_task = gate_kind(trained, dense, *frames, gate, bundle.scale, bundle.entropy_threshold, device)
-        trained.ensembler = train(gate_task, gate, folder, f"{name}-gate", SEED, device)
+        branch = {"refiner": weights_digest(trained)}
+        trained.ensembler = train(gate_task, gate, folder, f"{name}-gate", SEED, device, branch)
         last = _last(folder / f"{name}-gate.jsonl")
     figures = {key: last[key] for key in ("miou", "miou_refined", "miou_lr", "density")} | {"steps": steps}
     task.val = setting.val[:COUNTED]

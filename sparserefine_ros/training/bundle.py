@@ -63,7 +63,7 @@ def train_bundle(recipe: Recipe, data: Path | None, runs: Path, folder: Path, de
         refiner = train(task, recipe.refiner, runs, "refiner", recipe.seed, device, origin)
         provenance = {**bundle.provenance, "refiner": stage_summary(recipe.refiner)}
         if recipe.ensembler:
-            origin["refiner"] = _digest(refiner)
+            origin["refiner"] = weights_digest(refiner)
             torch.manual_seed(recipe.seed)
             task = EnsemblerTask(refiner, dense, classes, refiner_frames, val_frames, recipe.ensembler, *setting)
             refiner.ensembler = train(task, recipe.ensembler, runs, "ensembler", recipe.seed, device, origin)
@@ -117,7 +117,7 @@ def _train_dense(
     origin = {"dataset": recipe.dataset}
     dense = train(dense_task, recipe.dense, runs, "dense", recipe.seed, device, {**origin, "encoder": recipe.encoder})
     if recipe.low:
-        started = {**origin, "start": _digest(dense)}
+        started = {**origin, "start": weights_digest(dense)}
         dense_task = DenseTask(dense, classes, train_frames, val_frames, recipe.low, recipe.scale, device)
         dense = train(dense_task, recipe.low, runs, "low", recipe.seed, device, started)
     bundle = Bundle(
@@ -134,7 +134,7 @@ def _train_dense(
     bundle.save()
     bundle = calibrate_bundle(bundle, val_frames, recipe.recall, str(device))
     if recipe.native:
-        native, started = copy.deepcopy(dense), {**origin, "start": _digest(dense)}
+        native, started = copy.deepcopy(dense), {**origin, "start": weights_digest(dense)}
         native_task = DenseTask(native, classes, train_frames, val_frames, recipe.native, 1.0, device)
         native = train(native_task, recipe.native, runs, "native", recipe.seed, device, started)
         spec = _save(folder, native, recipe.native, "native.safetensors")
@@ -168,7 +168,7 @@ def _save(folder: Path, module: nn.Module, stage: StageRecipe, file: str) -> Net
         ) from error
 
 
-def _digest(module: nn.Module) -> str:
+def weights_digest(module: nn.Module) -> str:
     """SHA-256 of the weights of ``module``."""
     digest = hashlib.sha256()
     for tensor in module.state_dict().values():

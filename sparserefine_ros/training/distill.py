@@ -14,6 +14,7 @@ which can at best reach the recall of the selector: disagreeing pixels that are 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import track
 from torch import nn
@@ -33,7 +35,7 @@ from sparserefine_ros.networks.bilateral import BilateralRefiner
 from sparserefine_ros.networks.registry import REFINERS, build
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
 from sparserefine_ros.segmenter.segmenter import Segmenter
-from sparserefine_ros.training.bundle import copy_dense, stage_summary
+from sparserefine_ros.training.bundle import copy_dense, stage_summary, weights_digest
 from sparserefine_ros.training.curves import draw_curves
 from sparserefine_ros.training.ensembler import EnsemblerTask
 from sparserefine_ros.training.frames import split_blocks
@@ -168,7 +170,7 @@ def _train(
     refiner = train(Agreement(refiner, *frames, branch, *setting), branch, runs, "refiner", seed, device)
     torch.manual_seed(seed)  # the same gate where the branch was finished by an earlier call
     task = GateAgreement(refiner, *frames, gate, *setting)
-    refiner.ensembler = train(task, gate, runs, "ensembler", seed, device)
+    refiner.ensembler = train(task, gate, runs, "ensembler", seed, device, {"refiner": weights_digest(refiner)})
     return refiner
 
 
@@ -201,12 +203,22 @@ def _calibrate(
     return replace(bundle, entropy_threshold=threshold, calibration=calibration), curve
 
 
+def images_digest(frames: Sequence[Sample]) -> str:
+    """SHA-256 of their images; names tell too little: in two recordings they may be the same."""
+    digest = hashlib.sha256()
+    for frame in frames:
+        digest.update(repr(frame.image.shape).encode())
+        digest.update(np.ascontiguousarray(frame.image).data)
+    return digest.hexdigest()
+
+
 def _claim(runs: Path, bundle: Bundle, frames: Sequence[Sample], recall: float, seed: int) -> None:
     """Remembers in ``runs`` what is trained on what; TrainingError where something else was."""
     teacher = bundle.native or bundle.dense
     here = {
         "dense": bundle.dense.sha256, "teacher": teacher.sha256, "scale": bundle.scale, "recall": recall,
         "seed": seed, "frames": len(frames), "first": frames[0].name, "last": frames[-1].name,
+        "pixels": images_digest(frames),
     }  # fmt: skip
     file = runs / "distill.json"
     there = _claimed(file) if file.exists() else here

@@ -6,14 +6,14 @@ Shape shorthand: H, W image height and width in pixels.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.progress import track
 
-from sparserefine_ros.datasets.base import Sample
+from sparserefine_ros.datasets.base import UNLABELLED, Sample
 from sparserefine_ros.datasets.classes import ClassList
 from sparserefine_ros.datasets.folder import PICTURES, Folder
 from sparserefine_ros.datasets.pictures import read_rgb
@@ -42,12 +42,12 @@ def read_frames(
         with Bag(path, image_topic) as bag:
             return _bag(bag, classes, decode, limit)
     if (path / "classes.yaml").is_file() and (folder := Folder(path)).classes.names == classes.names:
-        return [folder[i] for i in track(evenly_spaced(len(folder), limit), description="reading frames")]
+        return _readable(folder.__getitem__, evenly_spaced(len(folder), limit), path)
     files = sorted(f for f in (path / "image" if (path / "image").is_dir() else path).iterdir() if _is_picture(f))
     if not files:
         raise DatasetError(f"no {', '.join(PICTURES)} files in {path} or {path / 'image'}, and it is no bag")
     chosen = [files[i] for i in evenly_spaced(len(files), limit)]
-    return [_picture(file, i) for i, file in enumerate(track(chosen, description="reading frames"))]
+    return _readable(lambda i: _picture(chosen[i], i), range(len(chosen)), path)
 
 
 def evenly_spaced(count: int, limit: int) -> list[int]:
@@ -83,8 +83,29 @@ def _bag(bag: Bag, classes: ClassList, decode: Decode, limit: int) -> list[Sampl
     if not images:
         raise DatasetError(f"{bag.path}: not one message on {bag.image_topic} could be decoded")
     labelled = bag.classes is not None and bag.classes.names == classes.names
-    labels = {stamp: label for stamp, label in bag.labels() if stamp in images} if labelled else {}
+    labels = {}
+    for stamp, label in bag.labels() if labelled else ():
+        if stamp in images:
+            known = label[label != UNLABELLED]
+            if label.shape == images[stamp].shape[:2] and (not known.size or known.max() < len(classes)):
+                labels[stamp] = label
+            else:
+                logger.warning("label at stamp %d ns left out: it has another size, or ids of no class", stamp)
     return [Sample(image, labels.get(stamp), str(stamp), stamp) for stamp, image in images.items()]
+
+
+def _readable(read: Callable[[int], Sample], numbers: Sequence[int], path: Path) -> list[Sample]:
+    """The frames of those numbers that can be read."""
+    frames, why = [], ""
+    for number in track(numbers, description="reading frames"):
+        try:
+            frames.append(read(number))
+        except DatasetError as error:
+            why = str(error)
+            logger.warning("frame left out: %s", why)
+    if not frames:
+        raise DatasetError(f"not one picture of {path} can be used: {why}")
+    return frames
 
 
 def _is_picture(file: Path) -> bool:

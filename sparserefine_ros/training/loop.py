@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparserefine_ros.errors import TrainingError
 from sparserefine_ros.training.recipe import StageRecipe
-from sparserefine_ros.whole_files import whole, write_whole
+from sparserefine_ros.whole_files import sweep, whole, write_whole
 
 Batch = tuple[Tensor, ...]
 SAVE_EVERY = 60.0  # seconds between checkpoints
@@ -205,12 +205,14 @@ class _State:
                 torch.save(data, file)
             self.step = step
         except (OSError, RuntimeError) as error:  # the latter is what torch makes of a full disk
+            after = f"goes on from step {self.step}" if self.step else "starts from the beginning: there is none yet"
             raise TrainingError(
                 f"cannot write the checkpoint {self.path}: {error}; make room for it and give the same command again, "
-                "which goes on from the one before"
+                f"which {after}"
             ) from error
 
     def resume(self, device: torch.device) -> int:
+        sweep(self.path)
         if not self.path.exists():
             return 0
         try:
