@@ -257,6 +257,10 @@ def test_a_whole_bundle_learns_the_scene(tmp_path: Path, monkeypatch: pytest.Mon
     assert bundle.provenance["ensembler"]["network"] == "gated"
     for name in ("dense_training.png", "native_training.png", "refiner_training.png", "density_recall.png"):
         assert (tmp_path / "model" / name).stat().st_size > 5_000
+    corrected = [sample._replace(label=np.where(sample.label == 3, 4, sample.label)) for sample in SCENES]
+    monkeypatch.setattr(bundle_module, "load_split", lambda *_: (CAMVID, corrected))
+    with pytest.raises(TrainingError, match=r"dense.ckpt was written by another run, with labels .*remove it"):
+        bundle_module.train_bundle(recipe, None, tmp_path / "runs", tmp_path / "model", CPU)
 
 
 def test_an_ensembler_learns_while_the_branch_stays() -> None:

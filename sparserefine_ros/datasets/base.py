@@ -5,6 +5,8 @@ Shape shorthand: H, W image height and width in pixels.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -22,6 +24,16 @@ class Sample(NamedTuple):
     label: np.ndarray | None  # [H, W] uint8, class ids, UNLABELLED where ignored
     name: str
     stamp_ns: int  # nanoseconds since the start of the drive
+
+
+def digest(arrays: Iterable[np.ndarray | None]) -> str:
+    """SHA-256 of images or labels, in their order: names of frames may be the same in two recordings."""
+    result = hashlib.sha256()
+    for array in arrays:
+        if array is not None:
+            result.update(repr(array.shape).encode())
+            result.update(np.ascontiguousarray(array).data)
+    return result.hexdigest()
 
 
 class FrameSource(Protocol):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sparserefine_ros import __version__
-from sparserefine_ros.datasets.base import Sample
+from sparserefine_ros.datasets.base import Sample, digest
 from sparserefine_ros.datasets.splits import load_split
 from sparserefine_ros.errors import TrainingError
 from sparserefine_ros.evaluation.calibration import calibrate_bundle
@@ -59,7 +59,7 @@ def train_bundle(recipe: Recipe, data: Path | None, runs: Path, folder: Path, de
         task = TASKS[recipe.refiner.network](
             refiner, dense, classes, refiner_frames, val_frames, recipe.refiner, *setting
         )
-        origin = {"dataset": recipe.dataset, "recall": recipe.recall, "dense": bundle.dense.sha256}
+        origin = {**_origin(recipe, refiner_frames), "recall": recipe.recall, "dense": bundle.dense.sha256}
         refiner = train(task, recipe.refiner, runs, "refiner", recipe.seed, device, origin)
         provenance = {**bundle.provenance, "refiner": stage_summary(recipe.refiner)}
         if recipe.ensembler:
@@ -114,7 +114,7 @@ def _train_dense(
     if recipe.encoder:
         start_encoder(dense, recipe.encoder)
     dense_task = DenseTask(dense, classes, train_frames, val_frames, recipe.dense, recipe.scale, device)
-    origin = {"dataset": recipe.dataset}
+    origin = _origin(recipe, train_frames)
     dense = train(dense_task, recipe.dense, runs, "dense", recipe.seed, device, {**origin, "encoder": recipe.encoder})
     if recipe.low:
         started = {**origin, "start": weights_digest(dense)}
@@ -141,6 +141,13 @@ def _train_dense(
         bundle = replace(bundle, native=spec, provenance={**bundle.provenance, "native": stage_summary(recipe.native)})
         bundle.save()
     return bundle
+
+
+def _origin(recipe: Recipe, frames: Sequence[Sample]) -> dict[str, Any]:
+    """What a training on ``frames`` depends on. Labels that were read may have been corrected since; those that are
+    rendered come from the data set's description, and may differ by a pixel from machine to machine."""
+    read = recipe.dataset.get("kind") == "camvid"
+    return {"dataset": recipe.dataset, **({"labels": digest(frame.label for frame in frames)} if read else {})}
 
 
 def stage_summary(stage: StageRecipe) -> dict[str, object]:

@@ -14,7 +14,6 @@ which can at best reach the recall of the selector: disagreeing pixels that are 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -22,12 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.progress import track
 from torch import nn
 
-from sparserefine_ros.datasets.base import Sample
+from sparserefine_ros.datasets.base import Sample, digest
 from sparserefine_ros.errors import TrainingError
 from sparserefine_ros.evaluation.calibration import DensityRecall, density_recall, draw
 from sparserefine_ros.evaluation.compare import HR, LR
@@ -203,22 +201,13 @@ def _calibrate(
     return replace(bundle, entropy_threshold=threshold, calibration=calibration), curve
 
 
-def images_digest(frames: Sequence[Sample]) -> str:
-    """SHA-256 of their images; names tell too little: in two recordings they may be the same."""
-    digest = hashlib.sha256()
-    for frame in frames:
-        digest.update(repr(frame.image.shape).encode())
-        digest.update(np.ascontiguousarray(frame.image).data)
-    return digest.hexdigest()
-
-
 def _claim(runs: Path, bundle: Bundle, frames: Sequence[Sample], recall: float, seed: int) -> None:
     """Remembers in ``runs`` what is trained on what; TrainingError where something else was."""
     teacher = bundle.native or bundle.dense
     here = {
         "dense": bundle.dense.sha256, "teacher": teacher.sha256, "scale": bundle.scale, "recall": recall,
         "seed": seed, "frames": len(frames), "first": frames[0].name, "last": frames[-1].name,
-        "pixels": images_digest(frames),
+        "pixels": digest(frame.image for frame in frames),
     }  # fmt: skip
     file = runs / "distill.json"
     there = _claimed(file) if file.exists() else here
