@@ -78,6 +78,12 @@ def test_the_cpu_never_takes_them() -> None:
     assert not kernels.usable(torch.device("cpu"))
 
 
+def test_cells_too_large_for_registers_stay_in_plain_torch() -> None:
+    """Strides of 64 have 4096 pixels a cell: no compiler gets that into a program."""
+    assert kernels.fits(16, 128) and kernels.fits(16, 48) and kernels.fits(64, 32)
+    assert not kernels.fits(64, 128) and not kernels.fits(4096, 16) and not kernels.fits(17, 128)
+
+
 def test_they_compile_for_a_gpu_that_is_not_here() -> None:
     """The paper's layer for compute capability 8.0, down to machine code and within its registers."""
     environment = {

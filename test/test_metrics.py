@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -18,7 +19,7 @@ from torchmetrics.classification import MulticlassCalibrationError, MulticlassJa
 from sparserefine_ros.cli import main
 from sparserefine_ros.datasets.base import UNLABELLED, Sample
 from sparserefine_ros.datasets.classes import CAMVID, CITYSCAPES, ClassList
-from sparserefine_ros.evaluation.calibration import calibrate_bundle, density_recall
+from sparserefine_ros.evaluation.calibration import calibrate_bundle, density_recall, four_digits
 from sparserefine_ros.evaluation.compare import HR, LR, REFINED, compare, markdown, save_json
 from sparserefine_ros.evaluation.metrics import ConfusionMatrix
 from sparserefine_ros.evaluation.reliability import calibration_error, fit_temperature
@@ -89,9 +90,9 @@ def test_density_recall_curve_equals_brute_force(tiny_bundle: Path, samples: lis
     segmenter = Segmenter(Bundle.load(tiny_bundle), "cpu")
     curve = density_recall(segmenter, samples)
     results = [segmenter.segment([s.image], refine=False)[0] for s in samples]
-    for index in (0, 400, 1200, 1900):
+    for index in (0, 400, 1400, 2400, 3300):
         threshold = curve.thresholds[index]
-        chosen = [r.entropy >= threshold for r in results]
+        chosen = [r.entropy > threshold for r in results]
         known = [s.label != UNLABELLED for s in samples]
         wrong = [k & (r.mask != s.label) for k, r, s in zip(known, results, samples, strict=True)]
         hit = sum(int((c & w).sum()) for c, w in zip(chosen, wrong, strict=True))
@@ -103,6 +104,41 @@ def test_density_recall_curve_equals_brute_force(tiny_bundle: Path, samples: lis
     assert (np.diff(curve.density) <= 0).all() and (np.diff(curve.recall) <= 0).all()
     threshold = curve.threshold_for(0.8)
     assert curve.at(threshold)["recall"] >= 0.8 > curve.at(threshold + 0.01)["recall"]
+
+
+def test_a_confident_network_has_a_threshold_too() -> None:
+    """Its errors may lie among entropies of thousandths: 0, which refines everything, is no answer."""
+    rng = np.random.default_rng(0)
+    label = np.zeros((300, 400), np.uint8)
+    mask = (rng.random(label.shape) < 0.04).astype(np.uint8)  # so many are wrong
+    entropy = np.exp(rng.normal(np.log(np.where(mask, 4e-3, 1e-5)), 1.5)).astype(np.float32)
+    entropy[rng.random(label.shape) < 0.3] = 0
+    sure = SimpleNamespace(
+        classes=CITYSCAPES, segment=lambda images, refine: [SimpleNamespace(mask=mask, entropy=entropy)]
+    )
+    curve = density_recall(sure, [Sample(np.zeros((*label.shape, 3), np.uint8), label, "0", 0)])
+    threshold = four_digits(curve.threshold_for(0.5))
+    found = float((entropy[mask == 1] > threshold).mean())
+    assert threshold > 1e-4 and found == pytest.approx(0.5, abs=0.01)
+    for at in (threshold, 2e-4, 5e-3, 0.0):
+        assert curve.at(at)["recall"] == pytest.approx(float((entropy[mask == 1] > at).mean()), abs=0.01)
+        assert curve.at(at)["density"] == pytest.approx(float((entropy > at).mean()), abs=0.01)
+
+
+def test_a_refiners_work_is_told_by_frames_that_have_some(tiny_bundle: Path) -> None:
+    """A frame without a selected pixel says nothing of what a pixel costs."""
+    bundle = Bundle.load(tiny_bundle)
+    plain, noisy = np.zeros((64, 96, 3), np.uint8), np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    low = Segmenter(bundle, "cpu", refine=False)
+    entropy = [low.segment([image])[0].entropy for image in (plain, noisy)]
+    between = replace(bundle, entropy_threshold=float((entropy[0].max() + entropy[1].max()) / 2))
+    assert entropy[0].max() < entropy[1].max()
+    tables = [
+        compare(between, [Sample(image, None, str(i), i) for i, image in enumerate(images)], "cpu")
+        for images in ([noisy] * 2 + [plain] * 6, [plain] * 6 + [noisy] * 2, [plain] * 8)
+    ]
+    work = [table["rows"][REFINED]["macs_g"] - table["rows"][LR]["macs_g"] for table in tables]
+    assert work[0] > 0 and work[1] == pytest.approx(work[0]) and np.isnan(work[2])
 
 
 def test_calibration_is_written_into_the_bundle(tiny_bundle: Path, tmp_path: Path, samples: list[Sample]) -> None:

@@ -226,6 +226,8 @@ def test_what_does_not_fit_is_named(tiny_bundle: Path, frame: np.ndarray, tmp_pa
         Segmenter(bundle, "cpu")
     with pytest.raises(ValueError, match="has 3 fine features, pointrend was built for 9; write features: 3"):
         PointRend(11, 9)(torch.zeros(2, 3), torch.zeros(2, 11))
+    with pytest.raises(ValueError, match="classes is 1; give a whole number from 2"):
+        PointRend(1, 9)
     bundle = write(tiny_bundle, tmp_path, PointRend(11, 16), {"features": 16})
     segmenter = Segmenter(bundle, "cpu")
     assert segmenter.refiner is not None

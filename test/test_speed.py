@@ -19,7 +19,9 @@ from conftest import DECODERS
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparserefine_ros import networks
 from sparserefine_ros.cli import main
 from sparserefine_ros.errors import ParameterError
 from sparserefine_ros.networks.graphed import FORMS, Graphed, Replay
@@ -132,6 +134,47 @@ def test_shrinking_on_the_device_equals_opencvs(size: tuple[int, int], low: tupl
     if low == size or (low[0] * 2, low[1] * 2) == size:
         assert not difference.any()
     assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+
+
+@pytest.mark.parametrize("low", [(180, 240), (120, 100), (91, 160)])
+def test_a_frame_smaller_than_what_a_file_takes_grows_as_opencvs(low: tuple[int, int]) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 90, 120, 3), dtype=np.uint8)
+    found = shrink(torch.from_numpy(images), low).numpy()
+    expected = np.stack([resize(image, low) for image in images])
+    assert found.shape == expected.shape and np.abs(found.astype(int) - expected).max() <= 1
+
+
+class Sent(TorchDispatchMode):
+    """What crosses from one device to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            devices = {tensor.device.type for tensor in (*args, result) if isinstance(tensor, torch.Tensor)}
+            self.copies += [str(func)] * (len(devices) > 1)
+        return result
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+@torch.inference_mode()
+def test_networks_send_nothing_to_their_device_once_they_are_warm(name: str) -> None:
+    """A host waits for what it sends, and a CUDA graph cannot contain it. Device "meta" computes nothing."""
+    module, images = network(name).to("meta"), torch.zeros(1, 3, 64, 96, device="meta")
+    module(images)
+    with Sent() as sent:
+        module(images)
+    assert sent.copies == []
+
+
+def test_networks_make_no_tensors_of_numbers() -> None:
+    """The same for what device "meta" cannot show: on a GPU `new_tensor` and `torch.tensor` send what they get."""
+    for name in ("freqfusion", "offseg", "segnext", "hrnet", "compact", "pyramid", "superpixel"):
+        text = (Path(networks.__file__).parent / f"{name}.py").read_text()
+        assert "new_tensor(" not in text and "torch.tensor(" not in text, name
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 8])

@@ -21,7 +21,8 @@ from sparserefine_ros.evaluation.reliability import fit_temperature, reliability
 from sparserefine_ros.segmenter.bundle import Bundle
 from sparserefine_ros.segmenter.segmenter import Segmenter
 
-BINS = 2000
+BINS = 2000  # of equal width; the first hundred are divided further: a confident network's errors may all lie there
+FINE_BINS, FINEST = 1500, 1e-6  # nats
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class DensityRecall:
     precision: np.ndarray  # [T]
 
     def at(self, threshold: float) -> dict[str, float]:
-        """Density, recall and precision at the nearest threshold of the curve."""
+        """Density, recall and precision at the curve's nearest threshold."""
         i = int(np.abs(self.thresholds - threshold).argmin())
         return {name: float(getattr(self, name)[i]) for name in ("density", "recall", "precision")}
 
@@ -50,17 +51,23 @@ def density_recall(segmenter: Segmenter, samples: Iterable[Sample]) -> DensityRe
     Density counts every pixel, labelled or not, since all of them cost time; recall and precision count labelled ones.
     Raises ValueError when no sample has a label.
     """
-    edges = np.linspace(0.0, math.log(len(segmenter.classes)) * (1 + 1e-6), BINS + 1)
-    everything, labelled, wrong = (np.zeros(BINS, np.int64) for _ in range(3))
+    equal = np.linspace(0.0, math.log(len(segmenter.classes)) * (1 + 1e-6), BINS + 1)[1:]
+    edges = np.unique(np.concatenate([[0.0], np.geomspace(FINEST, equal[99], FINE_BINS, endpoint=False), equal]))
+    beyond = np.nextafter(edges, np.inf)  # what is selected lies above a threshold, not at it
+    everything, labelled, wrong = (np.zeros(len(edges) - 1, np.int64) for _ in range(3))
+    pixels_in_all, missed_in_all, labels = 0, 0, 0
     for sample in samples:
         if sample.label is None:
             continue
         initial = segmenter.segment([sample.image], refine=False)[0]
         known = sample.label != UNLABELLED
         missed = known & (initial.mask != sample.label)
+        pixels_in_all += initial.entropy.size
+        missed_in_all += int(missed.sum())
+        labels += int(known.sum())
         for counts, pixels in ((everything, ...), (labelled, known), (wrong, missed)):
-            counts += np.histogram(initial.entropy[pixels], edges)[0]
-    if not labelled.sum():
+            counts += np.histogram(initial.entropy[pixels], beyond)[0]
+    if not labels:
         raise ValueError("no labelled pixel to calibrate on; give frames with labels")
 
     def above(counts: np.ndarray) -> np.ndarray:  # pixels in bin i and higher: those above threshold edges[i]
@@ -68,10 +75,15 @@ def density_recall(segmenter: Segmenter, samples: Iterable[Sample]) -> DensityRe
 
     return DensityRecall(
         thresholds=edges[:-1],
-        density=above(everything) / everything.sum(),
-        recall=above(wrong) / max(int(wrong.sum()), 1),
+        density=above(everything) / pixels_in_all,
+        recall=above(wrong) / max(missed_in_all, 1),
         precision=above(wrong) / np.maximum(above(labelled), 1),
     )
+
+
+def four_digits(threshold: float) -> float:
+    """As it is written into a bundle; of a small one four decimals would leave nothing."""
+    return float(f"{threshold:.4g}")
 
 
 def draw(curve: DensityRecall, threshold: float, title: str, file: Path) -> None:
@@ -84,7 +96,7 @@ def draw(curve: DensityRecall, threshold: float, title: str, file: Path) -> None
     left.plot(100 * curve.density, 100 * curve.recall, color="#1f77b4")
     left.plot([0, 100], [0, 100], ":", color="grey", label="random selection")
     left.plot(
-        100 * here["density"], 100 * here["recall"], "o", color="#d62728", label=f"threshold {threshold:.3f} nats"
+        100 * here["density"], 100 * here["recall"], "o", color="#d62728", label=f"threshold {threshold:.3g} nats"
     )
     left.set(xlabel="density, % of pixels", ylabel="recall, % of misclassified pixels", xlim=(0, 60), ylim=(0, 101))
     left.legend(loc="lower right")
@@ -112,7 +124,7 @@ def calibrate_bundle(bundle: Bundle, samples: Sequence[Sample], recall: float, d
     bundle = replace(bundle, temperature=temperature)
     segmenter = Segmenter(bundle, device, refine=False)
     curve = density_recall(segmenter, samples)
-    threshold = round(curve.threshold_for(recall), 4)
+    threshold = four_digits(curve.threshold_for(recall))
     figures = {name: round(value, 4) for name, value in curve.at(threshold).items()}
     calibrated = replace(
         bundle,

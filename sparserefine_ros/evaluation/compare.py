@@ -59,16 +59,18 @@ def compare_segmenters(segmenters: dict[str, Segmenter], samples: Sequence[Sampl
     matrices = {name: ConfusionMatrix(bundle.classes) for name in segmenters}
     times: dict[str, list[float]] = {name: [] for name in segmenters}
     densities: dict[str, list[float]] = {name: [] for name in segmenters}
-    refiner_macs: dict[str, list[float]] = {name: [] for name in segmenters}
+    counted: dict[str, list[tuple[float, float]]] = {name: [] for name in segmenters}  # multiply-adds, density
     wrong, found = 0, 0
     agreements: dict[str, list[float]] = {name: [] for name in segmenters}
     for index, sample in enumerate(track(samples, description=f"comparing on {len(samples)} frames")):
         masks: dict[str, np.ndarray] = {}
         for name, segmenter in segmenters.items():
-            if segmenter.refiner is not None and index < WARM_UP:
-                with counting_refiner_macs(segmenter.refiner) as counts:
+            # At least one frame with something to refine: without it nothing is known of a pixel's cost.
+            refiner = segmenter.refiner
+            if refiner is not None and (index < WARM_UP or not any(density for _, density in counted[name])):
+                with counting_refiner_macs(refiner) as counts:
                     result = segmenter.segment([sample.image])[0]
-                refiner_macs[name].append(sum(counts) / max(result.density, 1e-9))
+                counted[name].append((sum(counts), result.density))
             else:
                 result = segmenter.segment([sample.image])[0]
             masks[name] = result.mask
@@ -87,7 +89,9 @@ def compare_segmenters(segmenters: dict[str, Segmenter], samples: Sequence[Sampl
     macs: dict[str, float] = {HR: dense_macs_of(segmenters[HR], size), LR: dense_macs_of(low, size)}
     for name in segmenters:
         if densities[name]:  # a refiner's work grows with the pixels it works on
-            macs[name] = macs[LR] + statistics.fmean(refiner_macs[name]) * statistics.fmean(densities[name])
+            work, worked_on = (sum(column) for column in zip(*counted[name], strict=True))
+            a_frame = work / worked_on if worked_on else math.nan
+            macs[name] = macs[LR] + a_frame * statistics.fmean(densities[name])
     rows: dict[str, dict[str, Any]] = {
         name: {
             "miou": matrices[name].miou(), "iou": matrices[name].iou(), "macs_g": macs[name] / 1e9,

@@ -71,7 +71,7 @@ def resample(x: Tensor, offsets: Tensor) -> Tensor:
     xs = (torch.arange(width, device=x.device, dtype=exact) * 2 + 1) / width - 1
     grid = torch.stack([xs.expand(height, width), ys[:, None].expand(height, width)], -1)  # [H, W, 2]
     shift = offsets.unflatten(1, (2, groups)).movedim(1, -1).flatten(0, 1)  # [B G, H, W, 2]
-    grid = grid + shift * grid.new_tensor([2 / width, 2 / height])
+    grid = grid + torch.stack([shift[..., 0] * (2 / width), shift[..., 1] * (2 / height)], -1)
     parts = x.unflatten(1, (groups, -1)).flatten(0, 1).to(exact)  # [B G, C / G, H, W]
     sampled = F.grid_sample(parts, grid, padding_mode="border", align_corners=False)
     return sampled.to(x.dtype).unflatten(0, (-1, groups)).flatten(1, 2)

@@ -21,7 +21,8 @@ class Graphed:
 
     The first input of a form (shape and dtype) runs uncaptured and fills caches; the next is captured, those after it
     replay. Results are valid until the next call. Beyond FORMS forms, and where capture fails, which a warning says,
-    calls run uncaptured. One instance serves one thread at a time.
+    calls run uncaptured: so they do with transformers' Mask2Former, which sends its maps' sizes in every call. One
+    instance serves one thread at a time.
     """
 
     def __init__(self, function: Function) -> None:

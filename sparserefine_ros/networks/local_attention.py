@@ -59,7 +59,8 @@ def local_attention(pixels: QueryKeyValue, superpixels: QueryKeyValue, heads: in
     tensors = (*pixels, *superpixels)
     if pixels.query.is_cuda and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         kernels = _kernels()
-        if kernels is not None and kernels.usable(pixels.query.device):
+        count, channels = pixels.query.shape[3:]
+        if kernels is not None and kernels.fits(count, channels // heads) and kernels.usable(pixels.query.device):
             result: tuple[Tensor, Tensor] = kernels.local_attention_triton(pixels, superpixels, heads)
             return result
     return plain_local_attention(pixels, superpixels, heads)

@@ -89,6 +89,7 @@ def to_superpixels_kernel(
     tl.store(out + at, (sums / total).to(out.dtype.element_ty), mask=d < D)
 
 
+MAX_HELD = 2048  # values of one tensor in a program: 16 pixels of 128 channels
 INTERPRETED = not isinstance(to_pixels_kernel, triton.runtime.JITFunction)
 
 
@@ -106,6 +107,12 @@ def local_attention_triton(pixels: QueryKeyValue, superpixels: QueryKeyValue, he
         to_pixels_kernel[grid](pixels.query, superpixels.key, superpixels.value, to_pixels, *common, **blocks)
         to_superpixels_kernel[grid](superpixels.query, pixels.key, pixels.value, to_superpixels, *common, **blocks)
     return to_pixels, to_superpixels
+
+
+def fits(count: int, width: int) -> bool:
+    """Whether a program can hold the ``count`` pixels of a cell and ``width`` channels of a head in registers: with
+    twice the limit compilers take minutes and spill most of it."""
+    return triton.next_power_of_2(count) * triton.next_power_of_2(width) <= MAX_HELD
 
 
 @cache

@@ -53,6 +53,7 @@ class PointRend(nn.Module):
         where: str = "subdivision",
     ) -> None:
         super().__init__()
+        check_whole(2, classes=num_classes)  # uncertainty is what the second best lacks of the best
         check_whole(features=features, hidden=hidden)
         check_whole(0, layers=layers)
         if where not in ("subdivision", "entropy"):

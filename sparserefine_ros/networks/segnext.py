@@ -72,7 +72,7 @@ def explain(x: Tensor) -> Tensor:
     The bases start from one fixed draw, where mmseg draws anew at every call: masks stay the same from run to run.
     Gradients pass the last update alone.
     """
-    draw = _draw(int(x.shape[1]), x.dtype).to(x.device)
+    draw = _draw(int(x.shape[1]), x.dtype, x.device)
     bases = F.normalize(draw, dim=0).expand(len(x), -1, -1)  # [B, C, R]
     with torch.no_grad():
         codes = (x.transpose(-2, -1) @ bases).softmax(-1)  # [B, N, R]
@@ -84,9 +84,10 @@ def explain(x: Tensor) -> Tensor:
 
 @cache
 @torch.inference_mode(False)  # whoever asks first
-def _draw(channels: int, dtype: torch.dtype) -> Tensor:
-    """[C, R]; drawn once, as a generator cannot be part of an exported network."""
-    return torch.rand(channels, BASES, generator=torch.Generator().manual_seed(0), dtype=dtype, device="cpu")
+def _draw(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[C, R]; drawn and sent once, as no exported network can contain a generator, nor a CUDA graph what the host
+    sends."""
+    return torch.rand(channels, BASES, generator=torch.Generator().manual_seed(0), dtype=dtype, device="cpu").to(device)
 
 
 def _update(factor: Tensor, target: Tensor, other: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # The usual ImageNet statistics of RGB in [0, 1]; any fixed pair would do for networks trained from scratch.
 MEAN = (0.485, 0.456, 0.406)
@@ -34,7 +35,7 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def shrink(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """``images`` [B, H, W, 3] uint8 at ``size`` (h, w), neither larger than theirs, on the device they are on.
+    """``images`` [B, H, W, 3] uint8 at ``size`` (h, w), on the device they are on.
 
     As `resize`: the very same at 1 : 2, where halves are rounded up as OpenCV does; elsewhere halves go to even, and a
     few values differ by one, as OpenCV adds up with rounded weights.
@@ -45,6 +46,9 @@ def shrink(images: Tensor, size: tuple[int, int]) -> Tensor:
     if (height, width) == (2 * h, 2 * w):
         total = images.view(batch, h, 2, w, 2, 3).sum((2, 4), dtype=torch.int32)
         return ((total + 2) >> 2).to(torch.uint8)
+    if h > height:  # a camera smaller than the one size that an ONNX file takes
+        exact = F.interpolate(images.permute(0, 3, 1, 2).float(), size, mode="bilinear", align_corners=False)
+        return exact.permute(0, 2, 3, 1).round().to(torch.uint8).contiguous()
     rows = averaged(images.float().transpose(0, 1), h, math.ceil(height / h) + 1)  # [h, B, W, 3]
     both = averaged(rows.transpose(0, 2), w, math.ceil(width / w) + 1)  # [w, B, h, 3]
     return both.permute(1, 2, 0, 3).round().to(torch.uint8).contiguous()

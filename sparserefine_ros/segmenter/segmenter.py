@@ -261,7 +261,8 @@ class Segmenter:
             refined, worked_on = self._refine(seen, logits, mask, confidence, clock)
             finite = torch.as_tensor(refined)
             density = density if worked_on is None else torch.tensor(worked_on)
-        # Nothing above asks the device for a value, but for the number of selected pixels and what `choose` looks at.
+        # Nothing above asks the device for a value, but for the number of selected pixels, what `choose` looks at, and
+        # the maps of sparse backends other than triton.
         masks, confidences, entropies, densities, *whole = to_host(
             mask, confidence, initial.entropy, density, torch.as_tensor(initial.finite), finite
         )

@@ -27,7 +27,7 @@ from torch import nn
 
 from sparserefine_ros.datasets.base import Sample, digest
 from sparserefine_ros.errors import TrainingError
-from sparserefine_ros.evaluation.calibration import DensityRecall, density_recall, draw
+from sparserefine_ros.evaluation.calibration import DensityRecall, density_recall, draw, four_digits
 from sparserefine_ros.evaluation.compare import HR, LR
 from sparserefine_ros.networks.bilateral import BilateralRefiner
 from sparserefine_ros.networks.registry import REFINERS, build
@@ -195,7 +195,7 @@ def _calibrate(
     """``bundle`` with the threshold that selects ``recall`` of the pixels where LR and HR disagree; and the curve."""
     step = -(-len(taught) // CALIBRATION_FRAMES)
     curve = density_recall(Segmenter(bundle, str(device), refine=False), taught[::step])
-    threshold = round(curve.threshold_for(recall), 4)
+    threshold = four_digits(curve.threshold_for(recall))
     figures = {name: round(value, 4) for name, value in curve.at(threshold).items()}
     calibration = {"target_recall": recall, "threshold": threshold, "labels": "full-resolution prediction", **figures}
     return replace(bundle, entropy_threshold=threshold, calibration=calibration), curve

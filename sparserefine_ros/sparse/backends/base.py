@@ -41,7 +41,7 @@ class Output:
 class Backend:
     """Plain torch: any device, any floating dtype. The reference for every other engine.
 
-    An engine subclasses this and overrides what it does better.
+    An engine subclasses this and overrides what it does better. An instance serves one thread at a time.
     """
 
     name = "torch"
