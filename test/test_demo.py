@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 
 import cv2
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from sparserefine_ros import cli
 from sparserefine_ros.commands import demo
 from sparserefine_ros.commands.make_bag import open_source
 from sparserefine_ros.datasets.classes import CITYSCAPES
@@ -52,7 +54,7 @@ def test_demo_leaves_bag_masks_picture_and_numbers(tmp_path: Path, capsys: pytes
     assert results["frames"] == {"sent": 3, "received": 3, "processed": 3, "dropped": 0}
     assert 0 <= results["miou"] <= 1 and results["frames_scored"] == 3
     assert results["model"] == "tiny19" and results["node_exit_code"] == 0
-    street = open_source("street", frames=3, seed=demo.SEED, size=(64, 128), rate=demo.CAMERA_HZ)
+    street = open_source("street", frames=3, seed=demo.TEST_SEED, size=(64, 128), rate=demo.CAMERA_HZ)
     with Bag(out / "bag") as bag:
         assert bag.check(CITYSCAPES) == [START_NS + round(i * 1e9 / demo.CAMERA_HZ) for i in range(3)]
         for i, (_, label) in enumerate(bag.labels()):
@@ -79,3 +81,27 @@ def test_bad_arguments_are_said_before_anything_is_made(tmp_path: Path, words: l
     with pytest.raises(ParameterError, match=message):
         demo.run(parser.parse_args(["--output", str(tmp_path / "new"), *words]))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("rate", ["0", "1e-300", "inf", "nan", "1e12"])
+def test_rates_that_no_stamps_can_have(tmp_path: Path, rate: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["make-bag", str(tmp_path / "bag"), "--frames", "2", "--rate", rate]) == 2
+    assert f"--rate is {float(rate):g}; give 0.001 to 1e+06 frames a second" in capsys.readouterr().err
+    assert not (tmp_path / "bag").exists()
+
+
+def test_the_hint_is_a_command_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bag = tmp_path / "my bag"
+    assert cli.main(["make-bag", str(bag), "--frames", "1", "--size", "32x64"]) == 0
+    hint = capsys.readouterr().out.replace("\n", " ").split("next: sparserefine ")[1]
+    assert shlex.split(hint) == ["evaluate", str(bag), "--model", "street"]
+    assert cli.main([*shlex.split(hint), "--offline"]) == 0
+
+
+def test_a_demo_of_other_classes_is_refused_before_its_bag_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rclpy")
+    assert cli.main(["demo", "--model", "camvid", "--output", str(tmp_path / "out")]) == 2
+    assert "--model camvid has the classes of camvid" in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "out").exists()

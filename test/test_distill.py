@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,6 +226,10 @@ def test_what_cannot_be_distilled(bundle: Bundle, tmp_path: Path, capsys: pytest
     with pytest.raises(TrainingError, match="would replace the one it comes from"):
         distill(bundle, SCENES, bundle.path, runs, CPU)
     assert not new.exists() and not runs.exists()
+    other = Path(shutil.copytree(bundle.path, tmp_path / "other"))
+    with pytest.raises(TrainingError, match="other holds a bundle that was not distilled; remove it or give another"):
+        distill(bundle, SCENES, other, runs, CPU, None)
+    assert Bundle.load(other) == replace(bundle, path=other)
     arguments = ["distill", "--model", str(bundle.path), "--frames", str(tmp_path)]
     for option, value in (("--recall", "0"), ("--scale", "1.5"), ("--epochs", "0"), ("--limit", "-1")):
         assert main([*arguments, option, value]) == 2
@@ -236,6 +241,21 @@ def test_what_says_what_was_trained_may_be_broken(bundle: Bundle, tmp_path: Path
     (tmp_path / "distill.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(TrainingError, match=f"cannot read {tmp_path}/distill.json, .*or remove {tmp_path} to start"):
         distill(bundle, SCENES, tmp_path / "new", tmp_path, CPU, STUDENT)
+
+
+def test_a_bundle_stays_whole_while_the_next_is_trained(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = tmp_path / "new"
+    made, _ = distill(bundle, SCENES, new, tmp_path / "runs", CPU, None)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparserefine_ros.training.distill._train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distill(replace(bundle, scale=0.5), SCENES, new, tmp_path / "runs", CPU, STUDENT)
+    assert Bundle.load(new) == made and Segmenter(made, "cpu").segment([SCENES[0].image])
 
 
 def test_a_full_disk_leaves_no_half_of_it(bundle: Bundle, tmp_path: Path) -> None:

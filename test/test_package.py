@@ -32,6 +32,7 @@ ROSDEP: dict[str, str | None] = {
     "launch_ros": "launch_ros",
     "matplotlib": "python3-matplotlib",
     "numpy": "python3-numpy",
+    "onnx": None,
     "onnxruntime": None,
     "rcl_interfaces": "rcl_interfaces",
     "rclpy": "rclpy",

@@ -263,6 +263,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert row["name"] == "mIoU" and row["low"] < row["difference"] < row["high"] and row["verdict"] == "better"
     assert f"{100 * row['difference']:+.2f}" in page and "2000 bootstrap resamples" in page
     assert "better" in capsys.readouterr().out
+    assert cli.main(["compare", files[0], files[1], "--json", files[1]]) == 2
+    assert "would write over" in capsys.readouterr().err and json.loads(Path(files[1]).read_text())["per_frame"]
     assert cli.main(["compare", files[0], files[2]]) == 2
     assert "error: cannot read" in capsys.readouterr().err
     assert cli.main(["compare", files[0], files[1], "--json", f"{files[0]}/c.json"]) == 2

@@ -295,3 +295,49 @@ def test_command_says_what_it_could_not_write(
     for folder in ("full", "left/1.png"):
         assert main([*words, str(tmp_path / folder)]) == 2
         assert folder in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_read_costs_itself(
+    tiny_bundle: Path, frame: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
+    for file in files:
+        cv2.imwrite(str(file), frame[..., ::-1])
+    files[1].write_text("no picture")
+    words = [
+        "segment",
+        *map(str, files),
+        "--model",
+        str(tiny_bundle),
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    assert main([*words, "--entropy-threshold", "auto", "--scale", "0.25"]) == 2
+    assert "cannot decode" in capsys.readouterr().err
+    assert {file.name for file in (tmp_path / "o").glob("*_mask.png")} == {"a_mask.png", "c_mask.png"}
+    low = Segmenter(Bundle.load(tiny_bundle), "cpu", scale=0.25).segment([frame])[0]
+    np.testing.assert_array_equal(cv2.imread(str(tmp_path / "o" / "a_mask.png"), cv2.IMREAD_UNCHANGED), low.mask)
+    assert main([*words[:2], str(tmp_path / "nowhere.png"), *words[2:]]) == 2
+    assert "there is no " in (said := capsys.readouterr().err) and "nowhere.png" in said and "decode" not in said
+
+
+def test_frames_unlike_the_bundles_are_told_once(
+    tiny_bundle: Path, frame: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = Bundle.load(tiny_bundle)
+    assert bundle.native_size == frame.shape[:2]
+    large = frame.repeat(2, 0).repeat(2, 1)
+    segmenter = Segmenter(bundle, "cpu", refine=False)
+    segmenter.segment([frame])
+    segmenter.segment([np.ascontiguousarray(frame[:50])])  # a little smaller
+    Segmenter(bundle, "cpu", refine=False, scale=0.5).segment([large])  # who names a scale has thought of it
+    assert not caplog.text
+    for _ in range(2):
+        segmenter.segment([large])
+    height, width = frame.shape[:2]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"frames are {2 * width}x{2 * height}, and 'tiny' was made for {width}x{height}: masks may be much worse; try "
+        f"scale {bundle.scale / 2:.2g}"
+    ]

@@ -87,7 +87,8 @@ def measure(
         run["late"] = float(np.mean(np.asarray(latencies) > budget_ms))
     return {
         "budget_ms": round(budget_ms, 1), "model": bundle.name, "entropy_threshold": bundle.entropy_threshold,
-        "frames": len(frames), "rate_hz": rate_hz, "image_topic": image_topic, "stretch": STRETCH,
+        "frames": len(frames), "size": next(list(label.shape) for label in truth if label is not None),
+        "rate_hz": rate_hz, "image_topic": image_topic, "stretch": STRETCH,
         "runs": runs, "hardware": hardware(), "versions": versions(),
     }  # fmt: skip
 
@@ -104,7 +105,10 @@ def _run(
         from sparserefine_ros.node.load import Camera
         from sparserefine_ros.node.replay import transport_environment
     except ImportError as error:
-        raise SparseRefineError(f"this measures the live node, and {error.name or error} is missing") from error
+        raise SparseRefineError(
+            f"this measures the live node, and {error.name or error} is missing: source a ROS 2 environment or install "
+            "this package's `ros` extra"
+        ) from error
     environment, domain_id = transport_environment(), free_domain_id()
     asked = {"model": model, "device": "cpu", "qos_reliability": "reliable", **parameters}
     with MaskSpool() as spool:

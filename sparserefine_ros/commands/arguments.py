@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from sparserefine_ros.errors import ParameterError
@@ -31,6 +32,21 @@ def check_output(option: str, file: Path | None) -> None:
         known = Figure().canvas.get_supported_filetypes()
         if file.suffix[1:].lower() not in known:
             raise ParameterError(f"{option} {file} is no picture; give a name that ends in {', '.join(sorted(known))}")
+
+
+def parse_path(text: str) -> Path:
+    """A path; ~ is the home folder also where the shell leaves it, as after --output=."""
+    return Path(os.path.expanduser(text))
+
+
+def parse_threshold(text: str) -> float | None:
+    """Nats, or None for "auto", as the node's parameter takes it."""
+    if text == "auto":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number of nats") from None
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sparserefine_ros.commands.arguments import add_size, check_output
+from sparserefine_ros.commands.arguments import add_size, check_output, parse_path, parse_threshold
 
 HELP = (
     "measure: `bench bundle` HR dense, LR dense and LR + its refiner, `bench peers` other refiners beside it, "
@@ -23,18 +23,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bundle = kinds.add_parser("bundle", help="accuracy, multiply-adds and time of a bundle, side by side in one run")
     bundle.add_argument("model", help="bundle: a folder or a name under models/")
     bundle.add_argument(
-        "--data", type=Path, help="folder of the data set the bundle was trained on, where it needs one"
+        "--data", type=parse_path, help="folder of the data set the bundle was trained on, where it needs one"
     )
     bundle.add_argument("--frames", type=int, help="use only the first N validation frames")
-    bundle.add_argument("--entropy-threshold", type=float, help="nats (default: the bundle's)")
+    bundle.add_argument("--entropy-threshold", type=parse_threshold, help="nats (default: auto, the bundle's)")
     bundle.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     bundle.add_argument("--precision", default="fp32", choices=("fp32", "fp16", "bf16"))
-    bundle.add_argument("--json", type=Path, help="also save the figures here")
+    bundle.add_argument("--json", type=parse_path, help="also save the figures here")
     bundle.add_argument("--card", action="store_true", help="write the table into the bundle's model card")
     bundle.set_defaults(measure=run_bundle)
     peers = kinds.add_parser("peers", help="SparseRefine, PointRend, patches and bilateral on the same logits")
     peers.add_argument("model", help="bundle: a folder or a name under models/")
-    peers.add_argument("--data", type=Path, help="folder of the data set the bundle was trained on, where it needs one")
+    peers.add_argument(
+        "--data", type=parse_path, help="folder of the data set the bundle was trained on, where it needs one"
+    )
     peers.add_argument("--frames", type=int, help="use only the first N validation frames")
     peers.add_argument("--pointrend", metavar="BUNDLE", help="a trained PointRend over the model's dense segmenter")
     peers.add_argument(
@@ -44,10 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--patch-densities", nargs="+", type=float, default=[0.0], metavar="SHARE",
         help="a patch is refined if more than this share of it is selected (default: 0)",
     )  # fmt: skip
-    peers.add_argument("--entropy-threshold", type=float, help="nats (default: the bundle's)")
+    peers.add_argument("--entropy-threshold", type=parse_threshold, help="nats (default: auto, the bundle's)")
     peers.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     peers.add_argument("--precision", default="fp32", choices=("fp32", "fp16", "bf16"))
-    peers.add_argument("--json", type=Path, help="also save the figures here")
+    peers.add_argument("--json", type=parse_path, help="also save the figures here")
     peers.set_defaults(measure=run_peers)
     pruning = kinds.add_parser("pruning", help="token pruning of Mask2Former's Swin: work and time; random weights")
     pruning.add_argument("--model", default="t", help="size of Mask2Former, t or l (default: t)")
@@ -58,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_size(pruning, "1024x2048", "frames")
     pruning.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     pruning.add_argument("--repeats", type=int, default=5, help="timed rounds (default: 5)")
-    pruning.add_argument("--json", type=Path, help="also save the figures here")
+    pruning.add_argument("--json", type=parse_path, help="also save the figures here")
     pruning.set_defaults(measure=run_pruning)
     sparse = kinds.add_parser("sparse", help="the sparse U-Net on every engine and installed peer, in one run")
     sparse.add_argument(
@@ -76,8 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sparse.add_argument("--precision", default="fp32", choices=("fp32", "fp16", "bf16"))
     sparse.add_argument("--repeats", type=int, default=5, help="timed rounds (default: 5)")
     sparse.add_argument("--no-peers", action="store_true", help="leave dense convolution and spconv out")
-    sparse.add_argument("--json", type=Path, help="also save the figures here")
-    sparse.add_argument("--plot", type=Path, help="also measure over density and image size, and draw it here")
+    sparse.add_argument("--json", type=parse_path, help="also save the figures here")
+    sparse.add_argument("--plot", type=parse_path, help="also measure over density and image size, and draw it here")
     sparse.set_defaults(measure=run_sparse)
     decoders = kinds.add_parser("decoders", help="cost of the decoders by stage, in one run; random weights")
     decoders.add_argument(
@@ -86,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_size(decoders, "512x1024", "network input")
     decoders.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     decoders.add_argument("--repeats", type=int, default=5, help="timed rounds (default: 5)")
-    decoders.add_argument("--json", type=Path, help="also save the figures here")
+    decoders.add_argument("--json", type=parse_path, help="also save the figures here")
     decoders.set_defaults(measure=run_decoders)
     pipeline = kinds.add_parser(
         "pipeline", help="the paper's five models dense at native and low resolution, and refined; random weights"
@@ -106,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pipeline.add_argument("--stride", default="dilate", choices=("dilate", "floor"), help="of the refiner")
     pipeline.add_argument("--sparse-backend", default="auto", help="of the refiner (default: auto)")
     pipeline.add_argument("--graph", action="store_true", help="dense parts as CUDA graphs (not yet run on a GPU)")
-    pipeline.add_argument("--json", type=Path, help="also save the figures here")
+    pipeline.add_argument("--json", type=parse_path, help="also save the figures here")
     pipeline.set_defaults(measure=run_pipeline)
     runtimes = kinds.add_parser("runtimes", help="a bundle's dense segmenter in every runtime, in one run")
     runtimes.add_argument("model", help="bundle: a folder or a name under models/")
@@ -114,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     runtimes.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     runtimes.add_argument("--precision", default="fp32", choices=("fp32", "fp16", "bf16"))
     runtimes.add_argument("--repeats", type=int, default=30, help="timed rounds (default: 30)")
-    runtimes.add_argument("--json", type=Path, help="also save the figures here")
+    runtimes.add_argument("--json", type=parse_path, help="also save the figures here")
     runtimes.set_defaults(measure=run_runtimes)
     node = kinds.add_parser("node", help="what the live node adds to a trivial model, and its memory over time")
     add_size(node, "1024x2048", "frames, rgb8")
@@ -126,19 +128,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the cameras have the first core to themselves, the node the others (default: they share all)",
     )
-    node.add_argument("--json", type=Path, help="also save the figures here")
+    node.add_argument("--json", type=parse_path, help="also save the figures here")
     node.set_defaults(measure=run_node)
     budget = kinds.add_parser("budget", help="the latency budget: live on a bag whose clutter changes, or simulated")
     budget.add_argument("--simulate", action="store_true", help="only compare controllers on simulated frames")
     budget.add_argument(
-        "--bag", type=Path, metavar="DIR", help="with ground truth; made if missing (default: one of its own, removed)"
+        "--bag",
+        type=parse_path,
+        metavar="DIR",
+        help="with ground truth; made if missing (default: one of its own, removed)",
     )
     budget.add_argument("--model", default="street", help="bundle (default: street)")
     add_size(budget, "384x768", "frames of the bag made")
     budget.add_argument("--rate", type=float, default=5.0, metavar="HZ", help="frames a second (default: 5)")
     budget.add_argument("--budget", type=float, metavar="MS", help="(default: between calm and cluttered frames)")
-    budget.add_argument("--json", type=Path, help="also save the figures here")
-    budget.add_argument("--plot", type=Path, help="draw threshold, density and latency over time here")
+    budget.add_argument("--json", type=parse_path, help="also save the figures here")
+    budget.add_argument("--plot", type=parse_path, help="draw threshold, density and latency over time here")
     budget.set_defaults(measure=run_budget)
 
 
@@ -163,9 +168,12 @@ def run(args: argparse.Namespace) -> int:
 
 def run_bundle(args: argparse.Namespace) -> int:
     from sparserefine_ros.datasets.splits import load_split
+    from sparserefine_ros.errors import ParameterError
     from sparserefine_ros.evaluation.compare import compare, markdown
     from sparserefine_ros.segmenter.bundle import Bundle
 
+    if args.card and args.frames is not None:
+        raise ParameterError("--card writes the figures of all validation frames; leave --frames out")
     bundle = Bundle.load(args.model)
     if args.card:
         _card_parts(bundle.path / "README.md")

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparserefine_ros.commands.arguments import parse_path
+
 if TYPE_CHECKING:
     from sparserefine_ros.datasets.base import Sample
     from sparserefine_ros.segmenter.bundle import Bundle
@@ -18,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="bundle: a folder or a name under models/")
     parser.add_argument(
         "--data",
-        type=Path,
+        type=parse_path,
         help="folder of the data set the bundle was trained on, where it needs one; for a bundle that does not say "
         "what that was, as an imported one, a folder of labelled frames: image/, label/ and classes.yaml",
     )

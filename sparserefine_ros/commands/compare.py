@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sparserefine_ros.commands.arguments import parse_path
+
 HELP = "compare two results of `evaluate --json` frame by frame, with confidence intervals"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.add_argument("a", type=Path, metavar="A.json", help="result to compare with")
-    parser.add_argument("b", type=Path, metavar="B.json", help="result that may be better; of the same bag")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page to read there")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+    parser.add_argument("a", type=parse_path, metavar="A.json", help="result to compare with")
+    parser.add_argument("b", type=parse_path, metavar="B.json", help="result that may be better; of the same bag")
+    parser.add_argument("--html", type=parse_path, metavar="FILE", help="write a page to read there")
+    parser.add_argument("--json", type=parse_path, metavar="FILE", help="write the numbers there")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -22,8 +24,13 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
+    from sparserefine_ros.errors import ParameterError
     from sparserefine_ros.evaluation import comparison_page, files, run_comparison
 
+    places = [path.resolve() for path in (args.a, args.b, args.html, args.json) if path]
+    for option, path in (("--html", args.html), ("--json", args.json)):
+        if path and places.count(path.resolve()) > 1:
+            raise ParameterError(f"{option} {path} would write over what is read or written beside it; give another")
     comparison = run_comparison.compare(run_comparison.load(args.a), run_comparison.load(args.b))
     names = short_names(args.a, args.b)
     console = Console()

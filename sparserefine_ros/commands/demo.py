@@ -6,12 +6,11 @@ import argparse
 import math
 from pathlib import Path
 
-from sparserefine_ros.commands.arguments import add_size
+from sparserefine_ros.commands.arguments import add_size, parse_path
+from sparserefine_ros.commands.make_bag import TEST_SEED
 
 HELP = "make a short street bag, replay it through the live node, evaluate it"
 
-SEED = 1000
-"""Seeds from 1000 on are for testing: no bundle was trained on them."""
 CAMERA_HZ = 2.0
 """Few frames shall show much of the street."""
 
@@ -19,14 +18,18 @@ CAMERA_HZ = 2.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument(
-        "--output", type=Path, default=Path("demo_output"), metavar="DIR", help="folder to fill (default: %(default)s)"
+        "--output",
+        type=parse_path,
+        default=Path("demo_output"),
+        metavar="DIR",
+        help="folder to fill (default: %(default)s)",
     )
     parser.add_argument("--model", default="street", help="bundle with Cityscapes classes (default: %(default)s)")
     parser.add_argument(
         "--frames", type=int, default=12, metavar="N", help="frames of the drive (default: %(default)s)"
     )
     add_size(parser, "1024x2048", "of the camera")
-    parser.add_argument("--seed", type=int, default=SEED, help="of the street (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=TEST_SEED, help="of the street (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
     parser.add_argument(
         "--rate",
@@ -44,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from sparserefine_ros.commands import make_bag
-    from sparserefine_ros.commands.evaluation_session import Options, evaluate, parameter_values
+    from sparserefine_ros.commands.evaluation_session import Options, check_ros, evaluate, parameter_values
+    from sparserefine_ros.datasets.classes import CITYSCAPES
     from sparserefine_ros.errors import ParameterError
     from sparserefine_ros.evaluation import report
     from sparserefine_ros.node.model import load_segmenter
@@ -64,7 +68,10 @@ def run(args: argparse.Namespace) -> int:
         output=args.output,
         save_masks=True,
     )
-    load_segmenter(parameter_values(options.parameters))  # a missing bundle is said before the bag is made
+    check_ros()  # what is missing is said before the bag is made
+    classes = load_segmenter(parameter_values(options.parameters)).classes
+    if classes.names != CITYSCAPES.names:
+        raise ParameterError(f"--model {args.model} has the classes of {classes.name}, the street those of Cityscapes")
 
     height, width = args.size
     console.print(f"[bold]1[/] a drive of {args.frames} frames at {height}x{width}, as a ROS 2 bag with ground truth")

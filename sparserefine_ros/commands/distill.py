@@ -6,14 +6,16 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from sparserefine_ros.commands.arguments import check_threads
+from sparserefine_ros.commands.arguments import check_threads, parse_path
 
 HELP = "train a refiner for a model on your own frames, without labels: its full-resolution prediction teaches"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="bundle to refine: a folder or a name under models/")
-    parser.add_argument("--frames", required=True, type=Path, metavar="BAG|DIR", help="a bag, or a folder of pictures")
+    parser.add_argument(
+        "--frames", required=True, type=parse_path, metavar="BAG|DIR", help="a bag, or a folder of pictures"
+    )
     parser.add_argument("--image-topic", metavar="TOPIC", help="where the bag has several image topics")
     parser.add_argument(
         "--limit", type=int, default=1000, help="most frames used, evenly spaced, 4 bytes a pixel (default: 1000)"
@@ -30,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--training-free", action="store_true", help="no training: edge-aware smoothing of the uncertain pixels"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="folder of the new bundle (default: models/NAME-distilled)")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints and logs (default: runs)")
+    parser.add_argument("--output", type=parse_path, help="folder of the new bundle (default: models/NAME-distilled)")
+    parser.add_argument("--runs", type=parse_path, default=Path("runs"), help="checkpoints and logs (default: runs)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     parser.add_argument("--threads", type=int, help="CPU threads for torch (default: all cores)")
 
@@ -41,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from sparserefine_ros.errors import ParameterError
+    from sparserefine_ros.evaluation import files
     from sparserefine_ros.evaluation.compare import compare
     from sparserefine_ros.node.conversion import to_rgb
     from sparserefine_ros.segmenter.bundle import Bundle
@@ -66,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if args.scale:
         bundle = replace(bundle, scale=args.scale)
     output = args.output or Path("models") / f"{bundle.name}-distilled"
+    files.check_folder(output)
     frames = read_frames(args.frames, bundle.classes, to_rgb, args.limit, args.image_topic)
     recipe = None if args.training_free else replace(RECIPE, epochs=args.epochs)
     bundle, held_out = distill(

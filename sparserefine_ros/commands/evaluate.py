@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparserefine_ros.commands.arguments import parse_path
 from sparserefine_ros.node.parameters import BY_NAME
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ HELP = "replay a bag through the live node and measure accuracy, latency and dro
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.add_argument("bag", type=Path, metavar="BAG", help="rosbag2 folder, or a single .mcap or .db3 file")
+    parser.add_argument("bag", type=parse_path, metavar="BAG", help="rosbag2 folder, or a single .mcap or .db3 file")
     parser.add_argument("--offline", action="store_true", help="run the segmenter alone, without ROS")
     parser.add_argument(
         "--wait",
@@ -41,10 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=text)
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--report", type=Path, metavar="FILE", help="write a page to read (HTML) there; a folder gets report.html"
+        "--report", type=parse_path, metavar="FILE", help="write a page to read (HTML) there; a folder gets report.html"
     )
-    output.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, for `sparserefine compare`")
-    output.add_argument("--output", type=Path, metavar="DIR", help="write evaluation.png and the node's log there")
+    output.add_argument(
+        "--json", type=parse_path, metavar="FILE", help="write the numbers there, for `sparserefine compare`"
+    )
+    output.add_argument(
+        "--output", type=parse_path, metavar="DIR", help="write evaluation.png and the node's log there"
+    )
     output.add_argument("--save-masks", action="store_true", help="with --output: every mask as PNG, in DIR/masks")
     replay = parser.add_argument_group("replay")
     replay.add_argument("--image-topic", metavar="TOPIC", help="where the bag has several image topics")
@@ -89,6 +94,8 @@ def options(args: argparse.Namespace) -> Options:
         raise ParameterError(f"--domain-id is {args.domain_id}; give 0 to 101")
     if args.save_masks and args.output is None:
         raise ParameterError("--save-masks needs --output DIR, the folder to save them in")
+    if args.json and args.report and args.json.resolve() == html_file(args.report).resolve():
+        raise ParameterError(f"--json and --report are both {args.json}; give two files")
     return Options(
         bag=args.bag,
         parameters={n: getattr(args, n) for n in SEGMENTER_PARAMETERS if getattr(args, n) is not None},

@@ -121,17 +121,23 @@ def _parse(parameter: Parameter, text: str) -> Value:
     return text
 
 
-def _replay(
-    options: Options, values: Mapping[str, Value], bag: Bag, spool: MaskSpool, advance: Callable[[ReplayLog], None]
-) -> tuple[ReplayLog, dict[str, Any]]:
+def check_ros() -> None:
+    """SparseRefineError, saying how to install it, where ROS 2 is not there for a live replay."""
     try:
-        from sparserefine_ros.node.replay import Replayer, ros_versions, transport_environment
+        import sparserefine_ros.node.replay  # noqa: F401
     except ImportError as error:
         raise SparseRefineError(
             f"a live replay needs ROS 2's Python packages, and {error.name or error} is missing: source a ROS 2 "
             "environment or install this package's `ros` extra; or use --offline"
         ) from error
+
+
+def _replay(
+    options: Options, values: Mapping[str, Value], bag: Bag, spool: MaskSpool, advance: Callable[[ReplayLog], None]
+) -> tuple[ReplayLog, dict[str, Any]]:
+    check_ros()
     from sparserefine_ros.node.process import NodeProcess, free_domain_id
+    from sparserefine_ros.node.replay import Replayer, ros_versions, transport_environment
 
     domain_id = free_domain_id() if options.domain_id is None else options.domain_id
     environment = transport_environment()

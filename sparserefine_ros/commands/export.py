@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from sparserefine_ros.commands.arguments import parse_size
+from sparserefine_ros.commands.arguments import parse_path, parse_size
 
 HELP = "write a bundle as ONNX: the dense segmenter, and the whole pipeline with the refiner"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="bundle: a folder or a name under models/")
-    parser.add_argument("--output", type=Path, required=True, help="folder for dense.onnx and pipeline.onnx")
+    parser.add_argument("--output", type=parse_path, required=True, help="folder for dense.onnx and pipeline.onnx")
     parser.add_argument("--what", default="both", choices=("dense", "pipeline", "both"), help="(default: both)")
     parser.add_argument(
         "--size", type=parse_size, metavar="HxW",
@@ -25,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from sparserefine_ros.errors import ExportError
     from sparserefine_ros.evaluation import files
+    from sparserefine_ros.networks.refiner import SparseRefiner
     from sparserefine_ros.segmenter.bundle import ONNX, Bundle
     from sparserefine_ros.segmenter.export import export_dense, export_pipeline, is_dynamic
     from sparserefine_ros.segmenter.segmenter import Segmenter
@@ -41,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
     if args.what != "pipeline":
         done = export_dense(segmenter.dense, args.output / "dense.onnx", low, fixed, args.half, args.external_data)
         print(f"wrote {done.path}: frames of {sizes}; differs from torch by {done.difference:.1e} of the largest logit")
-    if args.what == "pipeline" or (args.what == "both" and segmenter.refiner is not None):
+    if args.what == "both" and segmenter.refiner is not None and not isinstance(segmenter.refiner, SparseRefiner):
+        print(f"no pipeline.onnx: the refiner of bundle {bundle.name!r} is no sparse network")
+    elif args.what == "pipeline" or (args.what == "both" and segmenter.refiner is not None):
         done = export_pipeline(segmenter, args.output / "pipeline.onnx", size, fixed, args.external_data)
         print(
             f"wrote {done.path}: frames of {sizes}; differs from torch in the class of {done.flipped:.1e} of the "

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sparserefine_ros.commands.arguments import parse_path
+
 HELP = "write a bundle from a checkpoint of mmsegmentation or of the Hugging Face hub, or from an ONNX file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
-        type=Path,
+        type=parse_path,
         help=".safetensors or .pth file of mmsegmentation; or a folder from the hub, with config.json and "
         "model.safetensors: a SegFormer or a Mask2Former on Swin; or any segmenter as .onnx, normalised images to "
         "logits, which runtime onnxruntime then runs as it is",
@@ -28,13 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--classes", required=True, help="camvid, cityscapes, or a YAML file that gives name, names and palette"
     )
     parser.add_argument("--name", required=True, help="name of the bundle")
-    parser.add_argument("--models", type=Path, default=Path("models"), help="where the bundle goes (default: models)")
+    parser.add_argument(
+        "--models", type=parse_path, default=Path("models"), help="where the bundle goes (default: models)"
+    )
     parser.add_argument(
         "--native-size", type=int, nargs=2, default=(1024, 2048), metavar=("H", "W"),
         help="height and width of the frames it is for (default: 1024 2048)",
     )  # fmt: skip
     parser.add_argument("--scale", type=float, default=1.0, help="size the network sees over native size (default: 1)")
-    parser.add_argument("--renames", type=Path, help="YAML list of [regular expression, replacement] for its weights")
+    parser.add_argument(
+        "--renames", type=parse_path, help="YAML list of [regular expression, replacement] for its weights"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

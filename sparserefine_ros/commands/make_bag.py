@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparserefine_ros.commands.arguments import parse_size
+from sparserefine_ros.commands.arguments import parse_path, parse_size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,12 +15,15 @@ if TYPE_CHECKING:
 
     from sparserefine_ros.datasets.base import FrameSource
 
+TEST_SEED = 1000
+"""Seeds from 1000 on are for testing: no bundle was trained on them."""
+SLOWEST_HZ, FASTEST_HZ = 1e-3, 1e6  # stamps fit into 32 bits of seconds, and differ
 HELP = "write frames and ground truth to a rosbag2 recording"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the new bag")
+    parser.add_argument("out", type=parse_path, metavar="OUT", help="folder of the new bag")
     parser.add_argument(
         "--source",
         choices=("street", "camvid", "folder"),
@@ -27,10 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="street: the procedural street, 19 Cityscapes classes; camvid: a copy of CamVid; "
         "folder: image/ and label/ beside a classes file (default: %(default)s)",
     )
-    parser.add_argument("--root", type=Path, metavar="DIR", help="folder of the frames, for camvid and folder")
+    parser.add_argument("--root", type=parse_path, metavar="DIR", help="folder of the frames, for camvid and folder")
     parser.add_argument("--split", default="val", help="split of the data set (default: %(default)s)")
     parser.add_argument("--frames", type=int, metavar="N", help="at most N frames (default: all; street: 100)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the street (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=TEST_SEED,
+        help="seed of the street; bundle street was trained on 0 to 239 (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--size", type=parse_size, metavar="HxW", help="resize the frames (default: their own; street: 1024x2048)"
     )
@@ -51,12 +58,13 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.markup import escape
 
+    from sparserefine_ros.datasets.classes import CITYSCAPES
     from sparserefine_ros.errors import ParameterError
 
     if args.frames is not None and args.frames < 1:
         raise ParameterError(f"--frames is {args.frames}; a bag needs at least 1")
-    if args.rate is not None and not args.rate > 0:
-        raise ParameterError(f"--rate is {args.rate}; give frames a second above 0")
+    if args.rate is not None and not SLOWEST_HZ <= args.rate <= FASTEST_HZ:
+        raise ParameterError(f"--rate is {args.rate:g}; give {SLOWEST_HZ:g} to {FASTEST_HZ:g} frames a second")
     source = open_source(args.source, args.root, args.split, args.frames, args.seed, args.size, args.rate)
     console = Console()
     count = write_bag(
@@ -64,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     )
     kinds = f"{len(source.classes)} classes ({source.classes.name})"
     console.print(f"[bold]{escape(str(args.out))}[/]: {count} frames, {escape(kinds)}")
-    console.print(f"next: sparserefine evaluate {args.out}", highlight=False, markup=False)
+    model = " --model street" if source.classes.names == CITYSCAPES.names else ""
+    console.print(f"next: sparserefine evaluate {shlex.quote(str(args.out))}{model}", highlight=False, markup=False)
     return 0
 
 

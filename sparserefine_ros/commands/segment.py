@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+
+from sparserefine_ros.commands.arguments import parse_path, parse_threshold
 
 HELP = "segment image files: writes NAME_mask.png (class ids), NAME_overlay.png and, where there are, superpixels"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", type=Path, help="image files")
+    parser.add_argument("images", nargs="+", type=parse_path, help="image files")
     parser.add_argument("--model", default="camvid", help="bundle: a folder or a name under models/ (default: camvid)")
-    parser.add_argument("--output", type=Path, default=Path("masks"), help="folder for the results (default: masks)")
-    parser.add_argument("--entropy-threshold", type=float, help="nats (default: the bundle's)")
+    parser.add_argument(
+        "--output", type=parse_path, default=Path("masks"), help="folder for the results (default: masks)"
+    )
+    parser.add_argument("--entropy-threshold", type=parse_threshold, help="nats (default: auto, the bundle's)")
+    parser.add_argument("--scale", type=float, help="low resolution over the image's (default: the bundle's)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "fp16", "bf16"))
 
@@ -22,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from sparserefine_ros.datasets.pictures import encode_png, read_rgb
-    from sparserefine_ros.errors import ParameterError
+    from sparserefine_ros.errors import DatasetError, ParameterError
     from sparserefine_ros.evaluation import files
     from sparserefine_ros.networks.boundaries import YELLOW, draw_boundaries
     from sparserefine_ros.segmenter.bundle import Bundle
@@ -40,10 +46,19 @@ def run(args: argparse.Namespace) -> int:
         files.write(target, encode_png(picture))
         return target
 
-    segmenter = Segmenter(Bundle.load(args.model), args.device, args.precision, args.entropy_threshold)
+    if missing := [str(file) for file in args.images if not file.exists()]:
+        raise ParameterError(f"there is no {', '.join(missing)}; give image files")
+    threshold = args.entropy_threshold
+    segmenter = Segmenter(Bundle.load(args.model), args.device, args.precision, threshold, scale=args.scale)
     files.check_folder(args.output)
+    failed = 0
     for file in args.images:
-        image = read_rgb(file)
+        try:
+            image = read_rgb(file)
+        except DatasetError as error:  # costs itself alone
+            print(f"error: {error}", file=sys.stderr)
+            failed = 2
+            continue
         result = segmenter.segment([image])[0]
         written = write("mask", result.mask)
         write("overlay", cv2.addWeighted(image, 0.5, segmenter.classes.lut()[result.mask], 0.5, 0))
@@ -51,4 +66,4 @@ def run(args: argparse.Namespace) -> int:
             write("superpixels", draw_boundaries(image, segmenter.superpixels(image), YELLOW))
         total = sum(result.stage_ms.values())
         print(f"{file}: refined {result.density:.1%} of the pixels, {total:.0f} ms -> {written}")
-    return 0
+    return failed

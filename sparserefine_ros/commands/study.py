@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sparserefine_ros.commands.arguments import parse_path
+
 HELP = "the paper's ablations on a bundle: selectors, threshold, inputs, channels, ensemblers, classes, objects"
 STUDIES = {
     "selectors": "which pixels to refine (Table 5a)",
@@ -28,16 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", default="camvid", help="bundle: a folder or a name under models/ (default: camvid)")
     parser.add_argument(
-        "--data", type=Path, help="folder of the data set the bundle was trained on, where it needs one"
+        "--data", type=parse_path, help="folder of the data set the bundle was trained on, where it needs one"
     )
     parser.add_argument("--frames", type=int, metavar="N", help="validate on N frames, evenly spaced (default: all)")
     parser.add_argument(
         "--epochs", type=int, default=EPOCHS, help="of each training, over the training frames (default: %(default)s)"
     )
     parser.add_argument(
-        "--out", type=Path, help="folder for NAME.md, NAME.json and NAME.png (default: docs/studies/BUNDLE)"
+        "--out", type=parse_path, help="folder for NAME.md, NAME.json and NAME.png (default: docs/studies/BUNDLE)"
     )
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="trainings, gone on with (default: runs)")
+    parser.add_argument("--runs", type=parse_path, default=Path("runs"), help="trainings, gone on with (default: runs)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     parser.add_argument("--threads", type=int, help="CPU threads for torch (default: all cores)")
 

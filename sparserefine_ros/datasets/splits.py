@@ -31,6 +31,11 @@ def load_split(dataset: Mapping[str, Any], split: str, root: Path | None) -> Spl
     """
     kind = dataset.get("kind")
     readers: dict[Any, Callable[[Mapping[str, Any], str, Path | None], Split]] = {"camvid": _camvid, "street": _street}
+    if not dataset:
+        raise DatasetError(
+            "the bundle does not say what data set it was trained on, as an imported one cannot; this is measured on "
+            f"its validation frames ({', '.join(readers)}), and `sparserefine evaluate` on a bag of yours"
+        )
     if not isinstance(kind, str) or kind not in readers:
         raise DatasetError(f"dataset kind {kind!r} is unknown; known are {', '.join(readers)}")
     return readers[kind](dataset, split, root)
@@ -40,7 +45,7 @@ def _camvid(dataset: Mapping[str, Any], split: str, root: Path | None) -> Split:
     from sparserefine_ros.datasets.camvid import CamVid
 
     if root is None:
-        raise DatasetError("this recipe needs CamVid: give the folder that holds train/ and val/ with --data")
+        raise DatasetError("this needs CamVid: give the folder that holds train/ and val/ with --data")
     split = "train" if split == "refiner" else split
     return CAMVID, _read([CamVid(root, split)], 1, f"reading CamVid {split}")
 

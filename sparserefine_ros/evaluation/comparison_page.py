@@ -28,11 +28,16 @@ def write(comparison: Comparison, names: tuple[str, str], path: Path) -> None:
         "words": WORDS,
         "chart": chart(comparison.classes),
         "method": bootstrap.METHOD,
-        "too_few": min(comparison.scored or comparison.answered, comparison.answered or comparison.scored)
-        < bootstrap.MIN_FRAMES,
+        "too_few": too_few(comparison),
         "min_frames": bootstrap.MIN_FRAMES,
     }
     page.write("comparison.html.j2", context, path)
+
+
+def too_few(comparison: Comparison) -> bool:
+    """Whether there are too few frames for intervals."""
+    counts = [count for count in (comparison.scored, comparison.answered) if count]
+    return min(counts, default=0) < bootstrap.MIN_FRAMES
 
 
 def show(comparison: Comparison, names: tuple[str, str], console: Console) -> None:
@@ -46,7 +51,10 @@ def show(comparison: Comparison, names: tuple[str, str], console: Console) -> No
         for row in rows:
             table.add_row(escape(printable(row.name)), *cells(row), WORDS[row.verdict])
         console.print(table)
-    console.print(f"a: {names[0]}, b: {names[1]}; {bootstrap.METHOD}, paired by stamp", highlight=False, markup=False)
+    method = f"fewer than {bootstrap.MIN_FRAMES} frames in both: no intervals"
+    if not too_few(comparison):
+        method = f"{bootstrap.METHOD}, paired by stamp"
+    console.print(f"a: {names[0]}, b: {names[1]}; {method}", highlight=False, markup=False)
     frames = f"{comparison.scored} frames scored in both, {comparison.answered} answered in both"
     console.print(frames, highlight=False)
     for name, left, right in comparison.settings:

@@ -138,6 +138,12 @@ def find_bundle(name_or_path: str | Path) -> Path:
             return folder / direct
     if direct.is_dir():
         raise BundleError(f"{direct} is no bundle: it has no model.yaml; give a folder that `sparserefine train` wrote")
+    here = Path("models") / direct
+    if inside and (here / "model.yaml").is_file():
+        raise BundleError(
+            f"no bundle {str(name_or_path)!r} where names are looked up, but one at {here}: give that folder, or set "
+            "SPARSEREFINE_MODELS to the folder it lies in"
+        )
     known = sorted({p.parent.name for folder in folders if folder.is_dir() for p in folder.glob("*/model.yaml")})
     raise BundleError(
         f"no bundle {str(name_or_path)!r}; give a folder with a model.yaml, "

@@ -9,6 +9,7 @@ Shape shorthand: B images of one size, K classes, H, W native size, h, w low res
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,8 @@ from sparserefine_ros.segmenter.refining import KINDS, Refining, Seen
 from sparserefine_ros.segmenter.stage_clock import StageClock
 from sparserefine_ros.sparse.backends import pick_backend
 
+UNLIKE = 1.5  # times larger or smaller, in each direction, than what a bundle was made for: worth a word
+logger = logging.getLogger("sparserefine_ros")
 ENTROPY_SAMPLE = 1 << 15
 
 Choose = Callable[[np.ndarray, int], float | None]
@@ -110,6 +113,7 @@ class Segmenter:
             raise BundleError(
                 f"bundle {bundle.name!r} has no refiner; set refine to auto or false, or choose another model"
             )
+        self._told = scale is not None  # of frames that are not what the bundle was made for
         self.refines = bundle.refiner is not None if refine is None else refine
         self.entropy_threshold = bundle.entropy_threshold if entropy_threshold is None else entropy_threshold
         spec = bundle.native if self.scale == 1 and bundle.native else bundle.dense
@@ -186,11 +190,26 @@ class Segmenter:
         for index, image in enumerate(images):
             groups[image.shape[0], image.shape[1]].append(index)
         results: dict[int, Segmentation] = {}
-        for indices in groups.values():
+        for size, indices in groups.items():
+            self._tell_of(size)
             refined = self.refines if refine is None else refine
             batch = self._segment_batch([images[i] for i in indices], refined and self.refiner is not None, choose)
             results.update(zip(indices, batch, strict=True))
         return [results[i] for i in range(len(images))]
+
+    def _tell_of(self, size: tuple[int, int]) -> None:
+        """Warns once of frames far from what the bundle was made for: what it learnt has another size in them."""
+        made_for, fixed = self.bundle.native_size, self._fixed_size is not None
+        ratio = math.sqrt(size[0] * size[1] / (made_for[0] * made_for[1]))
+        if self._told or fixed or 1 / UNLIKE <= ratio <= UNLIKE:
+            return
+        self._told = True
+        fitting = min(1.0, self.scale / ratio)
+        logger.warning(
+            "frames are %dx%d, and '%s' was made for %dx%d: masks may be much worse%s", size[1], size[0],
+            self.bundle.name, made_for[1], made_for[0],
+            f"; try scale {fitting:.2g}" if abs(fitting / self.scale - 1) > 0.1 else "",
+        )  # fmt: skip
 
     @property
     def degraded(self) -> str:

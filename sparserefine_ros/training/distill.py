@@ -32,6 +32,7 @@ from sparserefine_ros.evaluation.compare import HR, LR
 from sparserefine_ros.networks.bilateral import BilateralRefiner
 from sparserefine_ros.networks.registry import REFINERS, build
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
+from sparserefine_ros.segmenter.bundle_files import read_model_yaml
 from sparserefine_ros.segmenter.segmenter import Segmenter
 from sparserefine_ros.training.bundle import copy_dense, stage_summary, weights_digest
 from sparserefine_ros.training.curves import draw_curves
@@ -103,6 +104,8 @@ def distill(
         raise TrainingError(f"{len(frames)} frames are too few to train on some and hold out others; give 50 or more")
     if folder.resolve() == bundle.path.resolve():
         raise TrainingError(f"the new bundle would replace the one it comes from, {folder}; give another --output")
+    if (folder / "model.yaml").exists() and not _is_distilled(folder):
+        raise TrainingError(f"{folder} holds a bundle that was not distilled; remove it or give another --output")
     train_at, held_at = split_blocks(len(frames))
     bundle = replace(bundle, refiner=None)
     if recipe:
@@ -110,7 +113,6 @@ def distill(
 
     taught = teach(bundle, frames, device)
     train_frames, held_frames = [taught[i] for i in train_at], [taught[i] for i in held_at]
-    bundle = copy_dense(bundle, folder)
     bundle, curve = _calibrate(bundle, train_frames, recall, device)
 
     facts: dict[str, Any] = {
@@ -118,9 +120,11 @@ def distill(
         "torch": str(torch.__version__),
     }  # fmt: skip
     if recipe is None:
+        bundle = copy_dense(bundle, folder)
         spec = save_network(folder, BilateralRefiner(len(bundle.classes)), "bilateral", {}, "refiner.safetensors")
     else:
         refiner = _train(bundle, train_frames, held_frames[:VALIDATION_FRAMES], recipe, runs, seed, device)
+        bundle = copy_dense(bundle, folder)  # not before: what lies there stays whole while it trains
         facts |= {"seed": seed, "refiner": stage_summary(recipe), "ensembler": stage_summary(ENSEMBLER)}
         spec = save_network(folder, refiner, recipe.network, recipe.args, "refiner.safetensors")
         draw_curves(runs / "refiner.jsonl", folder / "refiner_training.png")
@@ -128,6 +132,10 @@ def distill(
     bundle.save()
     draw(curve, bundle.entropy_threshold, f"{bundle.name}: where LR and HR disagree", folder / "density_recall.png")
     return bundle, [frames[i] for i in held_at]
+
+
+def _is_distilled(folder: Path) -> bool:
+    return "distilled" in (read_model_yaml(folder / "model.yaml").get("provenance") or {})
 
 
 def teach(bundle: Bundle, frames: Sequence[Sample], device: torch.device) -> list[Sample]:
