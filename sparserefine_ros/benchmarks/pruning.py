@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from rich.progress import track
 
 from sparserefine_ros.benchmarks.clock import device_name, now
 from sparserefine_ros.benchmarks.paper_models import CLASSES
@@ -31,7 +32,7 @@ def measure(
         nets.append((list(keep), Mask2Former(CLASSES, model, keep=keep).eval().to(device)))
     image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
     rows: list[dict[str, Any]] = []
-    for keep, net in nets:
+    for keep, net in track(nets, description="warming up"):
         encoder = net.model.pixel_level_module.encoder
         rows.append(
             {
@@ -41,7 +42,7 @@ def measure(
             }
         )
     times: list[list[float]] = [[] for _ in nets]
-    for _ in range(repeats):
+    for _ in track(range(repeats), description="timing them in turn"):
         for (_, net), spent in zip(nets, times, strict=True):
             start = now(device)
             net(image)

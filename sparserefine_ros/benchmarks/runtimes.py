@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.progress import track
 
 from sparserefine_ros.benchmarks.clock import device_name, now
 from sparserefine_ros.errors import BundleError, ExportError, ParameterError
@@ -33,7 +34,7 @@ def measure(bundle: Bundle, runtimes: Sequence[str], device: str, precision: str
     rows: dict[str, dict[str, float]] = {}
     missing: dict[str, str] = {}
     low, expected = (0, 0), torch.empty(0)
-    for name in runtimes:
+    for name in track(runtimes, description="starting each runtime"):
         try:
             segmenter = Segmenter(bundle, device, precision, refine=False, runtime=name)
         except (ParameterError, BundleError, ExportError) as error:
