@@ -130,7 +130,8 @@ def test_messages_that_never_come_are_counted(ros: tuple[Node, SingleThreadedExe
 
 def test_numbers_of_publishers_that_come_and_go() -> None:
     missing = serialized.Missing()
-    missing.taken(b"a", serialized.UNNUMBERED)
+    for number in serialized.UNNUMBERED:
+        missing.taken(b"a", number)
     assert missing.count is None
     for publisher in range(100):  # no more of them are remembered than that
         missing.taken(b"a", 10 + publisher)

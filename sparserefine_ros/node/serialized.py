@@ -25,7 +25,7 @@ from rclpy.waitable import NumberOfEntities, Waitable
 
 INFO_BYTES = 256  # more than rmw_message_info_t has (rmw/types.h)
 NUMBER_AT, PUBLISHER_AT, PUBLISHER_END = 16, 40, 56  # in it: the publisher's count of its messages, and its id
-UNNUMBERED = (1 << 64) - 1  # RMW_MESSAGE_INFO_SEQUENCE_NUMBER_UNSUPPORTED
+UNNUMBERED = (0, (1 << 64) - 1)  # left alone, or RMW_MESSAGE_INFO_SEQUENCE_NUMBER_UNSUPPORTED
 MAX_PUBLISHERS = 16  # of one topic that are remembered
 NOTHING_TAKEN = 401  # RCL_RET_SUBSCRIPTION_TAKE_FAILED: another message of a burst was taken in its place
 RCLError: type[Exception] = rclpy_implementation.RCLError
@@ -126,7 +126,7 @@ class Missing:
 
     def taken(self, publisher: bytes, number: int) -> None:
         """Notes the next message."""
-        if number == UNNUMBERED:
+        if number in UNNUMBERED:
             return
         before = self._last.pop(publisher, number - 1)
         self._last[publisher] = number
