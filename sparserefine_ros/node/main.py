@@ -27,9 +27,9 @@ LAST_RESORT_S = 8.0
 launch` and `docker stop` send SIGKILL."""
 
 
-MAX_FAILURES = 100
-"""Callbacks that may fail in a row. rclpy's own raise for some of what others send: a parameter of an unknown type, a
-/clock before 1970."""
+HOPELESS_S = 30.0
+"""How long callbacks may fail without one that does not; the diagnostics alone are one a second. rclpy's own raise for
+some of what others send: a parameter of an unknown type, a /clock before 1970."""
 
 
 class _Stop:
@@ -93,20 +93,19 @@ def main(args: Sequence[str] | None = None) -> int:
         executor.add_node(node)
         # The worker waits this long for the GIL where the executor's thread is busy, by default 5 ms.
         sys.setswitchinterval(0.0005)
-        serve, logger, due, failures = executor.spin_once, node.get_logger(), Throttle(QUIET_S), 0
+        serve, logger, due, good = executor.spin_once, node.get_logger(), Throttle(QUIET_S), time.monotonic()
 
         def spin_once(timeout_sec: float | None = None) -> None:
-            nonlocal failures
+            nonlocal good
             if stop.requested or not rclpy.ok():
                 raise ExternalShutdownException
             try:
                 serve(timeout_sec)
-                failures = 0
+                good = time.monotonic()
             except ExternalShutdownException:
                 raise
             except Exception as error:
-                failures += 1
-                if failures > MAX_FAILURES or stop.requested or not rclpy.ok():
+                if time.monotonic() - good > HOPELESS_S or stop.requested or not rclpy.ok():
                     raise
                 what = f"{type(error).__name__}: {error}"
                 if due(what):
