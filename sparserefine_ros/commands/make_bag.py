@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.frames is not None and args.frames < 1:
         raise ParameterError(f"--frames is {args.frames}; a bag needs at least 1")
     if args.rate is not None and not SLOWEST_HZ <= args.rate <= FASTEST_HZ:
-        raise ParameterError(f"--rate is {args.rate:g}; give {SLOWEST_HZ:g} to {FASTEST_HZ:g} frames a second")
+        raise ParameterError(f"--rate is {args.rate}; give {SLOWEST_HZ:g} to {FASTEST_HZ:g} frames a second")
     source = open_source(args.source, args.root, args.split, args.frames, args.seed, args.size, args.rate)
     console = Console()
     count = write_bag(
