@@ -90,6 +90,17 @@ def test_rates_that_no_stamps_can_have(tmp_path: Path, rate: str, capsys: pytest
     assert not (tmp_path / "bag").exists()
 
 
+def test_without_a_terminal_it_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("make_bag", "evaluation_session"):
+        monkeypatch.setattr(f"sparserefine_ros.commands.{module}.TOLD_EVERY_S", 0.0)
+    assert cli.main(["make-bag", str(tmp_path / "bag"), "--frames", "3", "--size", "32x64"]) == 0
+    assert "2 of 3 frames" in capsys.readouterr().out
+    assert cli.main(["evaluate", str(tmp_path / "bag"), "--model", "street", "--offline"]) == 0
+    assert "2 of 3 frames, 2 masks" in capsys.readouterr().out
+
+
 def test_the_hint_is_a_command_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bag = tmp_path / "my bag"
     assert cli.main(["make-bag", str(bag), "--frames", "1", "--size", "32x64"]) == 0

@@ -9,6 +9,8 @@ from pathlib import Path
 from sparserefine_ros.errors import ParameterError
 from sparserefine_ros.evaluation import files
 
+TOLD_EVERY_S = 10.0  # how far long work is, where there is no terminal to show it on
+
 
 def add_size(parser: argparse.ArgumentParser, default: str, what: str) -> None:
     """``--size HxW``, read as (height, width)."""

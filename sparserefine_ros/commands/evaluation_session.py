@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from sparserefine_ros.commands.arguments import TOLD_EVERY_S
 from sparserefine_ros.commands.evaluate import SEGMENTER_PARAMETERS
 from sparserefine_ros.datasets.base import Sample
 from sparserefine_ros.errors import BagError, FrameError, ParameterError, SparseRefineError
@@ -21,6 +22,7 @@ from sparserefine_ros.evaluation.mask_spool import MaskSpool
 from sparserefine_ros.evaluation.offline import segment_bag, selected_pixels
 from sparserefine_ros.evaluation.replay_metrics import ReplayLog
 from sparserefine_ros.node.conversion import to_rgb
+from sparserefine_ros.node.logs import Throttle
 from sparserefine_ros.node.model import load_segmenter
 from sparserefine_ros.node.parameters import BY_NAME, Parameter, Value
 from sparserefine_ros.segmenter.segmenter import Segmenter
@@ -72,10 +74,16 @@ def evaluate(options: Options, console: Console) -> dict[str, Any]:
             transient=True,
             disable=not console.is_terminal,
         ) as progress:
+            due = Throttle(TOLD_EVERY_S)
+            due("frames")  # not at once
             task = progress.add_task("segmenting" if options.offline else "starting the node", total=len(stamps))
 
             def advance(log: ReplayLog) -> None:
                 progress.update(task, completed=len(log.sent), description=f"{len(log.answered)} masks")
+                if not console.is_terminal and due("frames"):
+                    console.print(
+                        f"{len(log.sent)} of {len(stamps)} frames, {len(log.answered)} masks", highlight=False
+                    )
 
             if options.offline:
                 facts: dict[str, Any] = {"mode": "offline"}

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparserefine_ros.commands.arguments import parse_path, parse_size
+from sparserefine_ros.commands.arguments import TOLD_EVERY_S, parse_path, parse_size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,13 +122,15 @@ def write_bag(
     from rich.progress import Progress
 
     from sparserefine_ros.evaluation.bag_writer import START_NS, BagWriter
+    from sparserefine_ros.node.logs import Throttle
 
     count = len(source) if frames is None else min(frames, len(source))
     with (
         Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
         BagWriter(out, source.classes, storage, encoding, force) as bag,
     ):
-        task = progress.add_task("writing frames", total=count)
+        task, due = progress.add_task("writing frames", total=count), Throttle(TOLD_EVERY_S)
+        due("frames")  # not at once
         for i in range(count):
             sample = source[i]
             stamp = sample.stamp_ns if rate is None else round(i * 1e9 / rate)
@@ -138,6 +140,8 @@ def write_bag(
                 START_NS + stamp,
             )
             progress.advance(task)
+            if not console.is_terminal and due("frames"):
+                console.print(f"{i + 1} of {count} frames", highlight=False)
     return count
 
 
