@@ -16,6 +16,7 @@ from sparserefine_ros import cli
 from sparserefine_ros.commands import demo
 from sparserefine_ros.commands.make_bag import open_source
 from sparserefine_ros.datasets.classes import CITYSCAPES
+from sparserefine_ros.datasets.splits import STREET_VAL_SEED
 from sparserefine_ros.errors import BundleError, ParameterError
 from sparserefine_ros.evaluation.bag_writer import START_NS
 from sparserefine_ros.evaluation.bags import Bag
@@ -54,7 +55,7 @@ def test_demo_leaves_bag_masks_picture_and_numbers(tmp_path: Path, capsys: pytes
     assert results["frames"] == {"sent": 3, "received": 3, "processed": 3, "dropped": 0}
     assert 0 <= results["miou"] <= 1 and results["frames_scored"] == 3
     assert results["model"] == "tiny19" and results["node_exit_code"] == 0
-    street = open_source("street", frames=3, seed=demo.TEST_SEED, size=(64, 128), rate=demo.CAMERA_HZ)
+    street = open_source("street", frames=3, seed=STREET_VAL_SEED, size=(64, 128), rate=demo.CAMERA_HZ)
     with Bag(out / "bag") as bag:
         assert bag.check(CITYSCAPES) == [START_NS + round(i * 1e9 / demo.CAMERA_HZ) for i in range(3)]
         for i, (_, label) in enumerate(bag.labels()):

@@ -40,7 +40,7 @@ from sparserefine_ros.segmenter.bundle import Bundle, save_network
 NETWORK_ARGS: dict[str, Any] = {"widths": [8, 8, 8, 8], "depths": [1, 1, 1]}
 SCALE = 0.0625  # of the dense segmenter's input: a sixteenth of the width
 WARMUP_S = 1.0  # left out of the figures
-COPIED = 400_000_000  # bytes; frames in it are copied to know what a copy takes
+COPIED = 200_000_000  # bytes, several times what caches hold: its frames are copied to know what a copy takes
 EVERY_S = 1.0  # between two looks at memory and handles
 
 
@@ -165,7 +165,7 @@ def measure(
 
 def copy_ms(n: int) -> float:
     """Milliseconds to copy ``n`` bytes that no cache holds; median. Most of the overhead is such copies."""
-    count = max(3, COPIED // n)  # far more than caches hold, twice
+    count = max(3, COPIED // n)
     sources, targets = np.ones((count, n), np.uint8), np.ones((count, n), np.uint8)
     times = []
     for source, target in zip(sources, targets, strict=True):

@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 
 from sparserefine_ros.commands.arguments import add_size, parse_path
-from sparserefine_ros.commands.make_bag import TEST_SEED
 
 HELP = "make a short street bag, replay it through the live node, evaluate it"
 
@@ -29,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--frames", type=int, default=12, metavar="N", help="frames of the drive (default: %(default)s)"
     )
     add_size(parser, "1024x2048", "of the camera")
-    parser.add_argument("--seed", type=int, default=TEST_SEED, help="of the street (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="of the street (default: the first of those never trained on)")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
     parser.add_argument(
         "--rate",

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from sparserefine_ros.datasets.base import FrameSource
 
-TEST_SEED = 1000
-"""Seeds from 1000 on are for testing: no bundle was trained on them."""
 SLOWEST_HZ, FASTEST_HZ = 1e-3, 1e6  # stamps fit into 32 bits of seconds, and differ
 HELP = "write frames and ground truth to a rosbag2 recording"
 
@@ -34,10 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=parse_path, metavar="DIR", help="folder of the frames, for camvid and folder")
     parser.add_argument("--split", default="val", help="split of the data set (default: %(default)s)")
     parser.add_argument("--frames", type=int, metavar="N", help="at most N frames (default: all; street: 100)")
-    parser.add_argument(
-        "--seed", type=int, default=TEST_SEED,
-        help="seed of the street; bundle street was trained on 0 to 239 (default: %(default)s)",
-    )  # fmt: skip
+    parser.add_argument("--seed", type=int, help="seed of the street (default: the first of those never trained on)")
     parser.add_argument(
         "--size", type=parse_size, metavar="HxW", help="resize the frames (default: their own; street: 1024x2048)"
     )
@@ -82,16 +77,21 @@ def open_source(
     root: Path | None = None,
     split: str = "val",
     frames: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     size: tuple[int, int] | None = None,
     rate: float | None = None,
 ) -> FrameSource:
-    """The frames; ``size`` is (H, W) in pixels, ``rate`` the street camera's frames a second (default 10)."""
+    """The frames; ``size`` is (H, W) in pixels, ``rate`` the street camera's frames a second (default 10).
+
+    ``seed`` None: the street's first drive that no bundle was trained on.
+    """
     from sparserefine_ros.errors import DatasetError
 
     if kind == "street":
+        from sparserefine_ros.datasets.splits import STREET_VAL_SEED
         from sparserefine_ros.datasets.street import Street
 
+        seed = STREET_VAL_SEED if seed is None else seed
         return Street(frames=frames or 100, seed=seed, size=size or (1024, 2048), fps=rate or 10.0)
     if root is None:
         raise DatasetError(f"--source {kind} needs --root DIR, the folder that holds the frames")

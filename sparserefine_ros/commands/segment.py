@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
 
     if missing := [str(file) for file in args.images if not file.exists()]:
         raise ParameterError(f"there is no {', '.join(missing)}; give image files")
-    threshold = args.entropy_threshold
-    segmenter = Segmenter(Bundle.load(args.model), args.device, args.precision, threshold, scale=args.scale)
+    bundle = Bundle.load(args.model)
+    segmenter = Segmenter(bundle, args.device, args.precision, args.entropy_threshold, scale=args.scale)
     files.check_folder(args.output)
     failed = 0
     for file in args.images:
