@@ -43,7 +43,10 @@ class PaperModel:
         return module.eval()
 
     def refiner(self, stride: str = "dilate") -> SparseRefiner:
-        return SparseRefiner(CLASSES, self.channels, stride).eval()
+        return SparseRefiner(CLASSES, **self.refiner_args(stride)).eval()
+
+    def refiner_args(self, stride: str = "dilate") -> dict[str, Any]:
+        return {"channels": self.channels, "stride": stride}
 
     def low_size(self, size: tuple[int, int]) -> tuple[int, int]:
         return low_resolution_size(size, self.scale)

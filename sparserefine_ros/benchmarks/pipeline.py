@@ -22,12 +22,13 @@ from rich.progress import Progress
 from torch import Tensor
 
 from sparserefine_ros.benchmarks.clock import device_name, now
-from sparserefine_ros.benchmarks.paper_models import MODELS, gmacs, params_m
+from sparserefine_ros.benchmarks.paper_models import CLASSES, MODELS, gmacs, params_m
 from sparserefine_ros.networks.graphed import Graphed
 from sparserefine_ros.networks.graphed_unet import GraphedUNet
 from sparserefine_ros.networks.selectors import upsample_nearest
 from sparserefine_ros.node.model import is_out_of_memory
 from sparserefine_ros.segmenter.dense import PRECISIONS, fold_batch_norm, ready
+from sparserefine_ros.segmenter.engine_trial import Case, fastest
 from sparserefine_ros.segmenter.head import build_head
 from sparserefine_ros.segmenter.refining import refiner_input
 from sparserefine_ros.sparse.backends import pick_backend
@@ -60,6 +61,9 @@ class Pipeline:
         self.network = Graphed(lambda images: (network(images),)) if setting.graph else network
         self.refiner = model.refiner(setting.stride).to(self.device)
         backend = pick_backend(setting.backend, self.device, self.dtype)
+        if setting.backend == "auto":
+            args = model.refiner_args(setting.stride)
+            backend = fastest(Case(CLASSES, args, setting.size, str(self.device), precision))
         self.backend = backend.name
         self.refiner.fuse(backend, self.dtype)
         self.graphed: GraphedUNet | None = None

@@ -188,8 +188,9 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter(
         "sparse_backend",
         AUTO,
-        "Engine of the refiner's sparse convolutions; auto = the fastest proven here. torch runs anywhere, cpu is C "
-        "for fp32 on CPUs (compiled on first use), triton is for CUDA; torchsparse and spconv where installed.",
+        "Engine of the refiner's sparse convolutions; auto = cpu on CPUs, on CUDA the fastest that is right in a trial "
+        "at the first start. torch runs anywhere, cpu is C for fp32 (compiled on first use), triton is for CUDA; "
+        "torchsparse and spconv where installed.",
         choices=(AUTO, "torch", "cpu", "triton", "torchsparse", "spconv"),
     ),
     Parameter(

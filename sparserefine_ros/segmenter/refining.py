@@ -70,7 +70,7 @@ class Sparse(Refining):
         self.graphed: GraphedUNet | None = None
         if backend.name == "triton" and next(self.network.parameters()).device.type == "cuda":
             assert self.network.fused is not None
-            # One launch a frame. Not yet run on a GPU, as the backend itself, which "auto" therefore leaves alone.
+            # One launch a frame. Not yet run on a GPU, as the backend itself: "auto" takes it after a trial there.
             self.graphed = GraphedUNet(self.network.fused, self.network.stride, refiner_input)
 
     def __call__(self, seen: Seen) -> Refined | None:

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from sparserefine_ros.errors import BundleError, FrameError, ParameterError
 from sparserefine_ros.networks.graphed import Graphed
 from sparserefine_ros.networks.points import CoarseFine
+from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.registry import REFINERS, Refiner
 from sparserefine_ros.networks.selectors import upsample_nearest
 from sparserefine_ros.segmenter.bundle import ONNX, Bundle, NetworkSpec
@@ -35,6 +36,7 @@ from sparserefine_ros.segmenter.dense import (
     load_dense,
     load_registered,
 )
+from sparserefine_ros.segmenter.engine_trial import Case, fastest
 from sparserefine_ros.segmenter.fitting import check_refiner
 from sparserefine_ros.segmenter.head import build_head
 from sparserefine_ros.segmenter.onnx_dense import OnnxDense
@@ -80,7 +82,7 @@ class Segmenter:
         refine: None refines where the bundle has a refiner.
         scale: low resolution over native; None takes the bundle's. Scale 1 without refinement is the dense
             baseline, with the bundle's weights for native resolution where it has them.
-        sparse_backend: a name of ``sparse.backends``; "auto" takes the fastest that runs here.
+        sparse_backend: a name of ``sparse.backends``; "auto" takes the fastest here, on a GPU by `engine_trial`.
         runtime: what runs the dense segmenter, one of RUNTIMES; the refiner runs on the sparse backend.
         provider: of onnxruntime; see `OnnxDense`.
 
@@ -127,7 +129,6 @@ class Segmenter:
             self.dense.prepare(low)
             self.runtime = "torch" if self.dense.degraded else f"onnxruntime ({self.dense.provider})"
         backend = pick_backend(sparse_backend, self.device, PRECISIONS[precision])
-        self.sparse_backend = backend.name
         self.refiner: Refiner | None = None
         self.refining: Refining | None = None
         if self.refines and bundle.refiner is not None:
@@ -135,10 +136,14 @@ class Segmenter:
             kind = KINDS[bundle.refiner.network]
             tuned = bundle.native if kind.needs_native and spec is bundle.dense else None
             check_refiner(bundle, self.refiner, self.dense, tuned or spec, self.runtime)
+            if sparse_backend == "auto" and isinstance(self.refiner, SparseRefiner):
+                args, size = bundle.refiner.args, bundle.native_size
+                backend = fastest(Case(len(self.classes), args, size, str(self.device), precision))
             native: Any = None
             if kind.needs_native:
                 native = load_dense(bundle, tuned, self.device, precision).module if tuned else self.dense
             self.refining = kind(self.refiner, backend, PRECISIONS[precision], native)
+        self.sparse_backend = backend.name
         self.head = build_head(self.refiner, self.device)
         captured = self.runtime == "torch_graph"  # for who asks: not yet run on a GPU
         self.shrunk_and_seen = Graphed(self._shrink_and_see) if captured else self._shrink_and_see
