@@ -37,3 +37,22 @@ class TrainingError(SparseRefineError):
 
 class ResultError(SparseRefineError):
     """A file with results cannot be written or read, or cannot be compared with another."""
+
+
+OUT_OF_MEMORY = (
+    "out of memory",  # CUDA
+    "can't allocate memory",  # torch on a CPU
+    "not enough memory",  # the same, on some systems
+    "alloc_failed",  # cuBLAS, cuDNN
+    "failed to allocate memory",  # ONNX Runtime
+    "insufficient memory",  # OpenCV
+    "nvml_success == r",  # CUDA on a Jetson: torch's allocator stumbles over what that lacks before it can tell
+)
+"""What libraries say where memory ends; their exceptions share no type."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the host or the GPU ran out of memory."""
+    text = str(error).lower()
+    told = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # the latter is torch's
+    return told or any(words in text for words in OUT_OF_MEMORY)

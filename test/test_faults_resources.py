@@ -30,8 +30,7 @@ from std_msgs.msg import Header  # noqa: E402
 from test_cameras import Bench, rows  # noqa: E402
 
 from sparserefine_ros import native  # noqa: E402
-from sparserefine_ros.errors import BundleError, FrameError  # noqa: E402
-from sparserefine_ros.node.model import is_out_of_memory  # noqa: E402
+from sparserefine_ros.errors import BundleError, FrameError, is_out_of_memory  # noqa: E402
 from sparserefine_ros.node.segment_node import SegmentNode  # noqa: E402
 from sparserefine_ros.segmenter import export, head, onnx_dense  # noqa: E402
 from sparserefine_ros.segmenter.bundle import Bundle  # noqa: E402

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from sparserefine_ros.benchmarks.masks import edge_mask
-from sparserefine_ros.errors import ParameterError
+from sparserefine_ros.errors import ParameterError, is_out_of_memory
 from sparserefine_ros.networks.fused_unet import FusedUNet
 from sparserefine_ros.networks.unet import SiteNorm, SparseUNet
-from sparserefine_ros.node.model import is_out_of_memory
 from sparserefine_ros.node.parameters import BY_NAME
 from sparserefine_ros.sparse import Pyramid
 from sparserefine_ros.sparse.backends import BACKENDS, backend_class, pick_backend

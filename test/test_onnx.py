@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_decoder_bundle
+from torch import Tensor
 
 from sparserefine_ros import native
 from sparserefine_ros.errors import ParameterError
@@ -309,7 +310,7 @@ def test_tensorrt_keeps_its_engines_and_says_what_it_does(tmp_path: Path, monkey
 
 
 def test_a_provider_that_does_not_start_is_refused_only_where_it_was_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(onnx_dense, "onnxruntime", lambda: StandIn("cpu"))
     monkeypatch.setattr(ExportedNetwork, "file", lambda self, size, fixed: tmp_path / "dense.onnx")
@@ -318,8 +319,29 @@ def test_a_provider_that_does_not_start_is_refused_only_where_it_was_named(
     with pytest.raises(ParameterError, match="'cuda' does not start here and onnxruntime took 'cpu' instead"):
         OnnxDense(source, CUDA, "cuda", folder=tmp_path).prepare((90, 120))
     auto = OnnxDense(source, CUDA, "auto", folder=tmp_path)
-    auto.prepare((90, 120))
-    assert auto.provider == "cpu"
+    with caplog.at_level("WARNING", logger="sparserefine_ros"):
+        auto.prepare((90, 120))
+    assert auto.provider == "cpu" and "the dense segmenter runs on the CPU, with device cuda" in caplog.text
+
+
+def test_a_session_on_the_cpu_takes_images_from_a_gpu_through_the_host(tmp_path: Path) -> None:
+    """It can neither read nor write a GPU's memory: without CUDA's provider, or where that does not start."""
+    images = torch.rand(2, 3, 32, 48)
+    dense = exported(["a"], tmp_path)
+    right = dense(images)
+
+    class OnGpu:
+        device, shape, is_cuda = torch.device("meta"), images.shape, True  # the only other device there is here
+
+        def cpu(self) -> Tensor:
+            fetched.append(images)
+            return images
+
+    fetched: list[Tensor] = []
+    session = dense.prepare((32, 48))
+    logits = dense._run(session, OnGpu())  # type: ignore[arg-type]
+    assert len(fetched) == 1 and logits.device.type == "meta" and logits.shape == right.shape
+    assert torch.equal(dense._run(session, images), right)
 
 
 def test_progress_is_told_again_and_again_and_reaches_the_nodes_log() -> None:

@@ -13,9 +13,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparserefine_ros.errors import BundleError, ParameterError
+from sparserefine_ros.errors import BundleError, ParameterError, is_out_of_memory
 from sparserefine_ros.node import parameters
-from sparserefine_ros.node.model import is_out_of_memory, load_segmenter
+from sparserefine_ros.node.model import load_segmenter
 from sparserefine_ros.node.parameters import AUTO, BY_NAME, PARAMETERS, Value
 from sparserefine_ros.segmenter.bundle import DECODERS, Bundle
 
@@ -219,7 +219,11 @@ def test_out_of_memory_is_told_from_other_errors():
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate"))
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    tegra = 'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp":838'
+    assert is_out_of_memory(RuntimeError(tegra))
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not is_out_of_memory(RuntimeError("out of resource: shared memory, Required: 196608"))
 
 
 def test_the_readme_shows_the_table() -> None:

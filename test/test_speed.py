@@ -202,12 +202,15 @@ class Waits(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in self.NAMES + self.READS:
+        sends = func is torch.tensor and (kwargs or {}).get("device") is not None  # from memory that is not pinned
+        if name in self.NAMES + self.READS or sends:
             self.found.append(name)
         if name == "__getitem__" or name == "__setitem__":
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             if any(isinstance(part, Tensor) and part.dtype == torch.bool for part in index):
                 self.found.append("mask as index")
+            if any(isinstance(part, list) for part in index):
+                self.found.append("list as index")
         return func(*args, **(kwargs or {}))
 
 
@@ -216,6 +219,8 @@ def test_nothing_waits_for_the_device_but_for_the_number_of_pixels(tiny_bundle: 
     assert segmenter.refiner is not None
     segmenter.head = Head(segmenter.refiner)  # as on a GPU
     native = torch.from_numpy(np.stack([frame, frame[::-1]]))
+    with torch.inference_mode():
+        segmenter.shrunk_and_seen(native)  # constants are sent once
     with Waits() as waits, torch.inference_mode():
         low, logits = segmenter.shrunk_and_seen(native)
         segmenter.head.initial(logits)

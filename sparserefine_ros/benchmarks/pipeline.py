@@ -23,10 +23,10 @@ from torch import Tensor
 
 from sparserefine_ros.benchmarks.clock import device_name, now
 from sparserefine_ros.benchmarks.paper_models import CLASSES, MODELS, gmacs, params_m
+from sparserefine_ros.errors import is_out_of_memory
 from sparserefine_ros.networks.graphed import Graphed
 from sparserefine_ros.networks.graphed_unet import GraphedUNet
 from sparserefine_ros.networks.selectors import upsample_nearest
-from sparserefine_ros.node.model import is_out_of_memory
 from sparserefine_ros.segmenter.dense import PRECISIONS, fold_batch_norm, ready
 from sparserefine_ros.segmenter.engine_trial import Case, fastest
 from sparserefine_ros.segmenter.head import build_head

@@ -148,8 +148,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from sparserefine_ros.errors import ParameterError
-    from sparserefine_ros.node.model import is_out_of_memory
+    from sparserefine_ros.errors import ParameterError, is_out_of_memory
 
     for option in ("json", "plot"):
         check_output(f"--{option}", getattr(args, option, None))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparserefine_ros.errors import BundleError
+from sparserefine_ros.errors import BundleError, is_out_of_memory
 from sparserefine_ros.node.parameters import AUTO, Value
 
 if TYPE_CHECKING:
@@ -21,15 +21,6 @@ logger = logging.getLogger("sparserefine_ros")
 LOADING, BUILDING, WARMING_UP = "loading", "building engine", "warming up"
 """What a start-up is at."""
 Announce = Callable[[str], None]
-OUT_OF_MEMORY = (
-    "out of memory",  # CUDA
-    "can't allocate memory",  # torch on a CPU
-    "not enough memory",  # the same, on some systems
-    "alloc_failed",  # cuBLAS, cuDNN
-    "failed to allocate memory",  # ONNX Runtime
-    "insufficient memory",  # OpenCV
-)
-"""What libraries say where memory ends; their exceptions share no type."""
 
 
 def start_segmenter(values: Mapping[str, Value], announce: Announce) -> Segmenter:
@@ -109,10 +100,3 @@ def _threads_at_first() -> int:
 def number_or_none(value: Value) -> float | None:
     """None for `auto`, else the number."""
     return None if value == AUTO else float(value)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the host or the GPU ran out of memory."""
-    text = str(error).lower()
-    told = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # the latter is torch's
-    return told or any(words in text for words in OUT_OF_MEMORY)

@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparserefine_ros.errors import FrameError
+from sparserefine_ros.errors import FrameError, is_out_of_memory
 from sparserefine_ros.node.budget import unaffordable, unhelped
 from sparserefine_ros.node.camera import Camera
 from sparserefine_ros.node.cdr import read_message
 from sparserefine_ros.node.conversion import to_rgb
 from sparserefine_ros.node.logs import Throttle
 from sparserefine_ros.node.mask_transport import at_scale, scaled_size, shrink
-from sparserefine_ros.node.model import is_out_of_memory
 from sparserefine_ros.node.percentiles import StageWindow
 from sparserefine_ros.node.receipt import Receipt
 from sparserefine_ros.node.scheduler import Scheduler

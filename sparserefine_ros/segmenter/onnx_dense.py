@@ -200,7 +200,12 @@ class OnnxDense(nn.Module):
         return logits if self.temperature == 1 else logits / self.temperature
 
     def _run(self, session: Any, images: Tensor) -> Tensor:
-        """Inputs and outputs are bound to torch's own memory, on a GPU as on a CPU: nothing is copied."""
+        """Inputs and outputs are bound to torch's own memory, on a GPU as on a CPU: nothing is copied.
+
+        But where the images are on a GPU and only the CPU's provider is there, or started.
+        """
+        if provider_of(session) == "cpu" and images.device.type != "cpu":
+            return self._run(session, images.cpu()).to(images.device)
         place, index, dtype = images.device.type, images.device.index or 0, NUMPY[self.source.dtype]
         binding = session.io_binding()
         binding.bind_input(self.source.input, place, index, dtype, tuple(images.shape), images.data_ptr())

@@ -105,6 +105,11 @@ def open_session(
             "its log above says which library is missing; or set provider to auto"
         )
     logger.info("onnxruntime %s runs %s, provider %s", runtime.__version__, file.name, found)
+    if found == "cpu" and device.type == "cuda" and not strict:
+        logger.warning(
+            "the dense segmenter runs on the CPU, with device %s: this onnxruntime has no provider that starts there; "
+            "install onnxruntime-gpu for its CUDA, or set runtime to torch where the model has its weights", device,
+        )  # fmt: skip
     return session
 
 

@@ -136,9 +136,9 @@ def _with_zero_row(x: Tensor) -> Tensor:
 
 def _taps(weight: Tensor, taps: tuple[int, ...]) -> Tensor:
     """The weights of some taps as one matrix [T * Cin, Cout]."""
-    if taps != tuple(range(TAPS)):
-        weight = weight[list(taps)]
-    return weight.reshape(-1, weight.shape[2])
+    if taps == tuple(range(TAPS)):
+        return weight.reshape(-1, weight.shape[2])
+    return torch.cat([weight[tap] for tap in taps])  # indexing with a list would make a GPU's host wait
 
 
 def _check(x: Tensor, weight: Tensor, kernel_map: KernelMap, bias: Tensor | None) -> None:

@@ -158,7 +158,7 @@ def _parity_groups(fine: SiteSet, coarse: SiteSet, padding: int) -> tuple[TapGro
 
 def _look_up(grid: Tensor, base: Tensor, offsets: list[int]) -> Tensor:
     """Entries of a bordered ``grid`` at ``base`` [n] + each of T ``offsets``, [n, T] int32."""
-    shift = torch.tensor(offsets, dtype=base.dtype, device=base.device)
+    shift = torch.stack([base.new_full((), offset) for offset in offsets])  # torch.tensor would make a GPU's host wait
     positions = base[:, None] + shift
     return grid.view(-1).index_select(0, positions.view(-1)).view(positions.shape)
 
@@ -166,9 +166,6 @@ def _look_up(grid: Tensor, base: Tensor, offsets: list[int]) -> Tensor:
 def _full_table(groups: tuple[TapGroup, ...], rows: int, none: int) -> Tensor:
     table = torch.full((rows, TAPS), none, dtype=torch.int32, device=groups[0].table.device)
     for group in groups:
-        taps = torch.tensor(group.taps, device=table.device)
-        if group.rows is None:
-            table[:, taps] = group.table
-        else:
-            table[group.rows[:, None], taps] = group.table
+        for tap, column in zip(group.taps, group.table.unbind(1), strict=True):
+            table[slice(None) if group.rows is None else group.rows, tap] = column
     return table
