@@ -99,7 +99,7 @@ def test_every_frame_is_what_it_is_uncaptured_bit_for_bit(stride: str, levels: i
     ]
     for mask, captured in steps:
         assert_right(graphed, plain, mask)
-        assert (graphed.frame is not None) == captured
+        assert (graphed.now.frame is not None) == captured
 
 
 @runs
@@ -118,16 +118,16 @@ def test_at_a_capacity_and_one_above() -> None:
     exact, pixels = [len(sites) for sites in levels], [sites.shape[1] * sites.shape[2] for sites in levels]
     assert_right(graphed, plain, mask)
     for level in range(LEVELS):
-        graphed.capacities, graphed.frame = tuple(exact), None
+        graphed.now.capacities, graphed.now.frame = tuple(exact), None
         assert_right(graphed, plain, mask)
-        assert graphed.frame is not None and graphed.capacities == tuple(exact)
+        assert graphed.now.frame is not None and graphed.now.capacities == tuple(exact)
         above = [count - (index == level) for index, count in enumerate(exact)]
-        graphed.capacities, graphed.frame = tuple(above), None
+        graphed.now.capacities, graphed.now.frame = tuple(above), None
         assert_right(graphed, plain, mask)
-        assert graphed.frame is None
-        assert graphed.capacities == tuple(map(capacity, exact, pixels))
+        assert graphed.now.frame is None
+        assert graphed.now.capacities == tuple(map(capacity, exact, pixels))
     assert_right(graphed, plain, mask)
-    assert graphed.frame is not None
+    assert graphed.now.frame is not None
 
 
 @runs
@@ -147,7 +147,7 @@ def test_nothing_of_a_larger_frame_is_left_in_a_smaller_one(monkeypatch: pytest.
 
     for mask in (random_mask(0.6), random_mask(0.6)):
         assert_right(graphed, plain, mask)
-    frame = graphed.frame
+    frame = graphed.now.frame
     assert frame is not None
     for density in (0.6, 0.1, 0.0, 0.3):
         mask = random_mask(density)
@@ -192,9 +192,9 @@ def test_what_is_captured_asks_the_host_for_nothing_and_is_always_the_same() -> 
         mask = random_mask(density)
         image = colours(mask)
         graphed(mask, image)
-        if graphed.frame is not None:
+        if graphed.now.frame is not None:
             with torch.inference_mode(), Calls() as calls:
-                graphed.frame.run()
+                graphed.now.frame.run()
             seen.append(calls.seen)
     assert len(seen) == 2 and len(seen[0]) > 20
     assert seen[0] == seen[1]
@@ -205,22 +205,25 @@ def test_uncaptured_use_of_the_same_network_leaves_the_memory_of_a_graph_in_its_
     graphed, _ = build()
     for mask in (random_mask(0.1), random_mask(0.1)):
         graphed(mask, colours(mask))
-    assert graphed.frame is not None
-    before = {name: buffer.data_ptr() for name, buffer in graphed.frame.unet._buffers.items()}
+    assert graphed.now.frame is not None
+    before = {name: buffer.data_ptr() for name, buffer in graphed.now.frame.unet._buffers.items()}
     pyramid = graphed.unet.backend.pyramid(random_mask(1.0), LEVELS, "dilate")
     graphed.unet(torch.zeros(len(pyramid.levels[0]), 3, device=DEVICE), pyramid)
-    assert before == {name: buffer.data_ptr() for name, buffer in graphed.frame.unet._buffers.items()}
+    assert before == {name: buffer.data_ptr() for name, buffer in graphed.now.frame.unet._buffers.items()}
 
 
 @runs
-def test_alternating_forms_run_uncaptured() -> None:
+def test_forms_that_alternate_are_captured_once_each() -> None:
+    """As batches of one camera's frame or of two."""
     graphed, plain = build()
-    for _ in range(2):
+    frames = []
+    for turn in range(3):
         for batch in (1, 2):
             assert_right(graphed, plain, random_mask(0.3, batch))
-            assert graphed.frame is None
-    assert_right(graphed, plain, random_mask(0.3, batch=2))
-    assert graphed.frame is not None
+            assert (graphed.now.frame is not None) == (turn > 0)
+            frames.append(graphed.now.frame)
+    assert frames[2:4] == frames[4:6] and frames[2] is not frames[3]
+    assert not graphed.unet._buffers  # beside those of the graphs
 
 
 @runs
@@ -236,7 +239,7 @@ def test_frames_go_on_where_capture_fails(monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.warns(UserWarning, match="without a CUDA graph.*operation not permitted"):
             assert_right(graphed, plain, random_mask(0.3))
     assert_right(graphed, plain, random_mask(0.3))  # and does not try again
-    assert graphed.frame is None
+    assert graphed.now.frame is None
 
 
 def test_other_backends_are_refused() -> None:
@@ -259,7 +262,7 @@ def test_the_pipeline_gives_the_same_frames(tiny_bundle: Path, frame: np.ndarray
         plain.entropy_threshold = segmenter.entropy_threshold = threshold
         image = np.ascontiguousarray(frame[44:, 64:][:, ::-1] if captured else frame[:20, :32])
         (expected,), (result,) = plain.segment([image]), segmenter.segment([image])
-        assert (sparse.graphed.frame is not None) == captured
+        assert (sparse.graphed.now.frame is not None) == captured
         assert result.density == expected.density and (result.density > 0.02) == (threshold < 2)
         close = 1 if DEVICE.type == "cuda" else 0
         assert (result.mask != expected.mask).mean() <= 0.001 * close
@@ -283,7 +286,7 @@ def test_context_is_gathered_where_there_is_some() -> None:
         with torch.no_grad():
             expected = refiner.unet(x, Pyramid.build(mask, 1, "floor"))
         torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
-    assert graphed.frame is not None
+    assert graphed.now.frame is not None
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda" or MISSING is not None, reason="capture needs CUDA and Triton")
@@ -293,9 +296,9 @@ def test_a_graph_is_captured_and_replayed(stride: str) -> None:
     for density in (0.5, 0.5, 0.05, 0.3, 0.0, 0.4):
         assert_right(graphed, plain, random_mask(density))
         torch.full((1 << 22,), torch.nan, device=DEVICE)  # what a graph gave back would be overwritten here
-    assert graphed.frame is not None and isinstance(graphed.frame.graph, torch.cuda.CUDAGraph)
+    assert graphed.now.frame is not None and isinstance(graphed.now.frame.graph, torch.cuda.CUDAGraph)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        graphed.frame.graph.replay()
+        graphed.now.frame.graph.replay()
     finally:
         torch.cuda.set_sync_debug_mode("default")

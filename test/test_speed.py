@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparserefine_ros import networks
 from sparserefine_ros.cli import main
 from sparserefine_ros.errors import ParameterError
-from sparserefine_ros.networks.graphed import FORMS, Graphed, Replay
+from sparserefine_ros.networks.graphed import AGE, FORMS, Graphed, Recent, Replay
 from sparserefine_ros.networks.hrnet import HRNet
 from sparserefine_ros.networks.registry import DENSE, build
 from sparserefine_ros.networks.segnext import SegNeXt
@@ -247,14 +247,27 @@ def test_a_graph_replays_forms_that_come_again() -> None:
         x = torch.full((2, 3), float(turn))
         same, twice = graphed(x)
         assert torch.equal(same, x) and torch.equal(twice, 2 * x)
-    (replay,) = graphed.replays.values()
+    [(form, _)] = graphed.forms.kept.values()
+    replay = form.replay
     assert isinstance(replay, Replay)
     assert calls[0] is not replay.x and all(x is replay.x for x in calls[1:])  # its own memory, from the second on
     for width in range(1, 2 * FORMS):
         for _ in range(3):
             assert torch.equal(graphed(torch.ones(width))[1], torch.full((width,), 2.0))
-    assert len(graphed.replays) == FORMS
+    assert len(graphed.forms.kept) == FORMS
     assert torch.equal(graphed(torch.ones(2, 3, dtype=torch.float64))[1], torch.full((2, 3), 2.0, dtype=torch.float64))
+
+
+def test_forms_that_come_are_kept_and_those_that_do_not_give_way() -> None:
+    recent: Recent[list[int]] = Recent(list)
+    for width in range(FORMS):
+        recent[width].append(width)
+    for _ in range(AGE // 2 - 1):
+        recent["more"].append(0)  # no room: nobody keeps it
+        assert recent[1] == [1]
+    assert list(recent.kept) == [0, 2, 3, 1]
+    recent["late"].append(9)  # 0 has not come for longer than AGE calls
+    assert recent["late"] == [9] and list(recent.kept) == [2, 3, 1, "late"]
 
 
 def test_where_capture_fails_calls_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,7 +179,7 @@ def graph_frame(
         for _ in range(3):  # finds the capacities, captures, replays
             _, features = graphed(mask, image)
         theirs = net(x, net.backend.pyramid(mask, len(case.channels), case.stride))
-    if graphed.frame is None:
+    if graphed.now.frame is None:
         missing["triton graph"] = str(failures[-1].message) if failures else "its frames did not fit"
         return None
     error = float((features - theirs).abs().max() / theirs.abs().max()) if len(theirs) else 0.0

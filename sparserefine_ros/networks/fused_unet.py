@@ -120,6 +120,10 @@ class FusedUNet:
         other._buffers = {}
         return other
 
+    def release(self) -> None:
+        """Gives back the memory of its buffers, which the next call takes anew; the last result is gone."""
+        self._buffers.clear()
+
     def _block(self, block: nn.Module) -> _Block:
         assert isinstance(block, ResidualBlock)
         return _Block.of(block, self.backend, self.dtype)

@@ -8,39 +8,61 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-FORMS = 4  # graphs kept; every one holds the memory of a whole forward pass
+FORMS = 4  # graphs kept, as for batches of one to four cameras; every one holds the memory of a whole forward pass
+AGE = 100  # calls after which a form that has not come gives way to another
 Function = Callable[[Tensor], tuple[Tensor, ...]]
+Known = TypeVar("Known")
+
+
+class Recent(Generic[Known]):
+    """What is known of the forms that come, at most FORMS of them; ``make`` gives what is known of a new one."""
+
+    def __init__(self, make: Callable[[], Known]) -> None:
+        self.make, self.calls = make, 0
+        self.kept: dict[object, tuple[Known, int]] = {}  # with the call that it last came in, which orders them
+
+    def __getitem__(self, form: object) -> Known:
+        """Nobody keeps it where there is no room, and none whose form has not come for AGE calls."""
+        self.calls += 1
+        known, _ = self.kept.pop(form, (None, 0))
+        if known is None:
+            known = self.make()
+            if len(self.kept) == FORMS:
+                oldest = next(iter(self.kept))
+                if self.calls - self.kept[oldest][1] <= AGE:
+                    return known
+                del self.kept[oldest]  # its memory goes before any other is taken
+        self.kept[form] = known, self.calls
+        return known
 
 
 class Graphed:
     """Runs ``function``, which neither synchronises nor decides on values, as a CUDA graph a form of its input.
 
     The first input of a form (shape and dtype) runs uncaptured and fills caches; the next is captured, those after it
-    replay. Results are valid until the next call. Beyond FORMS forms, and where capture fails, which a warning says,
-    calls run uncaptured: so they do with transformers' Mask2Former, which sends its maps' sizes in every call. One
-    instance serves one thread at a time.
+    replay. Results are valid until the next call. Beyond FORMS forms in turn, and where capture fails, which a warning
+    says, calls run uncaptured: so they do with transformers' Mask2Former, which sends its maps' sizes in every call.
+    One instance serves one thread at a time.
     """
 
     def __init__(self, function: Function) -> None:
         self.function = function
-        self.replays: dict[object, Replay | None] = {}  # None: seen once
+        self.forms = Recent(Form)
         self._captures = True
 
     @torch.inference_mode()
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        form = (x.shape, x.dtype)
-        replay = self.replays.get(form)
-        if replay is None and form in self.replays and self._captures:
-            replay = self.replays[form] = self._capture(x)
-        if replay is not None:
-            return replay(x)
-        if len(self.replays) < FORMS:
-            self.replays.setdefault(form, None)
-        return self.function(x)
+        form = self.forms[x.shape, x.dtype]
+        if form.replay is None and form.seen and self._captures:
+            form.replay = self._capture(x)
+        form.seen = True
+        return self.function(x) if form.replay is None else form.replay(x)
 
     def _capture(self, x: Tensor) -> Replay | None:
         try:
@@ -49,6 +71,14 @@ class Graphed:
             warnings.warn(f"frames run without a CUDA graph, its capture failed: {failure}", stacklevel=3)
             self._captures = False
             return None
+
+
+@dataclass
+class Form:
+    """What is known of inputs of one form."""
+
+    seen: bool = False
+    replay: Replay | None = None
 
 
 class Replay:

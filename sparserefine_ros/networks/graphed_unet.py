@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparserefine_ros.networks.fused_unet import FusedUNet
+from sparserefine_ros.networks.graphed import Recent
 from sparserefine_ros.sparse import Pyramid, SiteSet
 from sparserefine_ros.sparse.backends.triton_backend import TritonBackend
 
@@ -46,10 +48,10 @@ class GraphedUNet:
 
     The first frame of a form (shapes and dtypes) runs uncaptured and gives the capacities; the next is captured, those
     after it replay. A frame with more sites than fit runs uncaptured after its replay, with larger capacities from the
-    next frame on. One form is kept: frames whose forms alternate all run uncaptured. Where capture fails, which a
-    warning says, all do from then on. One instance serves one thread at a time.
+    next frame of its form on. Beyond `graphed.FORMS` forms in turn, and where capture fails, which a warning says,
+    frames run uncaptured. One instance serves one thread at a time.
 
-    capacities: [L] sites a level that the next capture or replay has room for; None before the first frame of a form.
+    now: what is known of the form that the last frame had.
     """
 
     def __init__(self, unet: FusedUNet, stride: str, gather: Gather) -> None:
@@ -57,9 +59,8 @@ class GraphedUNet:
         if not isinstance(unet.backend, TritonBackend):
             raise ValueError(f"the U-Net runs on the {unet.backend.name} backend: only triton's can be captured")
         self.unet, self.stride, self.gather = unet, stride, gather
-        self.capacities: tuple[int, ...] | None = None
-        self.frame: Frame | None = None
-        self._form: object = None
+        self.forms = Recent(Form)
+        self.now = Form()
         self._captures = True
 
     @torch.inference_mode()
@@ -68,32 +69,41 @@ class GraphedUNet:
 
         inputs: what ``gather`` takes, on the mask's device.
         """
-        form = [(tensor.shape, tensor.dtype) for tensor in (mask, *inputs)]
-        if form != self._form:
-            self._form, self.capacities, self.frame = form, None, None
-        if self.frame is None and self.capacities is not None and self._captures:
-            self.frame = self._capture(self.capacities, mask, inputs)
-        if self.frame is not None:
-            counts, sites, features = self.frame(mask, *inputs)
-            if all(count <= room for count, room in zip(counts, self.frame.capacities, strict=True)):
+        now = self.now = self.forms[tuple((tensor.shape, tensor.dtype) for tensor in (mask, *inputs))]
+        if now.frame is None and now.capacities is not None and self._captures:
+            now.frame = self._capture(now.capacities, mask, inputs)
+        if now.frame is not None:
+            counts, sites, features = now.frame(mask, *inputs)
+            if all(count <= room for count, room in zip(counts, now.frame.capacities, strict=True)):
                 return SiteSet(sites.sites[: counts[0]], sites.shape), features[: counts[0]]
-            self.frame = None  # its memory goes before any other is taken
+            now.frame = None  # its memory goes before any other is taken
         pyramid = self.unet.backend.pyramid(mask, len(self.unet.levels), self.stride)
-        self._grow(pyramid)
+        now.grow(pyramid)
         sites = pyramid.levels[0]
         return sites, self.unet(self.gather(sites, *inputs), pyramid)
 
-    def _grow(self, pyramid: Pyramid) -> None:
-        wanted = (capacity(len(s), s.shape[0] * s.shape[1] * s.shape[2]) for s in pyramid.levels)
-        self.capacities = tuple(map(max, self.capacities or (0,) * len(pyramid), wanted))
-
     def _capture(self, capacities: tuple[int, ...], mask: Tensor, inputs: Sequence[Tensor]) -> Frame | None:
         try:
-            return Frame(self.unet, self.stride, self.gather, capacities, (mask, *inputs))
+            frame = Frame(self.unet, self.stride, self.gather, capacities, (mask, *inputs))
+            self.unet.release()  # the frame has buffers of its own
+            return frame
         except Exception as failure:  # memory, the driver, Triton's compiler: no base class in common
             warnings.warn(f"frames run without a CUDA graph, its capture failed: {failure}", stacklevel=3)
             self._captures = False
             return None
+
+
+@dataclass
+class Form:
+    """What is known of frames of one form."""
+
+    capacities: tuple[int, ...] | None = None  # [L] sites a level that a capture has room for
+    frame: Frame | None = None
+
+    def grow(self, pyramid: Pyramid) -> None:
+        """Makes room for as many sites as ``pyramid`` has, and a quarter more."""
+        wanted = (capacity(len(s), s.shape[0] * s.shape[1] * s.shape[2]) for s in pyramid.levels)
+        self.capacities = tuple(map(max, self.capacities or (0,) * len(pyramid), wanted))
 
 
 class Frame:
