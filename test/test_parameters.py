@@ -6,7 +6,10 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparserefine_ros.errors import BundleError, ParameterError, is_out_of_memory
-from sparserefine_ros.node import parameters
+from sparserefine_ros.node import model, parameters
 from sparserefine_ros.node.model import load_segmenter
 from sparserefine_ros.node.parameters import AUTO, BY_NAME, PARAMETERS, Value
 from sparserefine_ros.segmenter.bundle import DECODERS, Bundle
@@ -230,3 +233,38 @@ def test_the_readme_shows_the_table() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     shown = readme.split("<!-- parameters: start -->\n")[1].split("<!-- parameters: end -->")[0]
     assert shown == parameters.markdown().rstrip("\n") + "\n", "run: python -m sparserefine_ros.node.parameters"
+
+
+@pytest.mark.parametrize(
+    ("device", "runtime", "values", "batches"),
+    [
+        ("cpu", "torch", {}, [1]),
+        ("cpu", "torch", {"cameras": ["front", "left"]}, [1]),
+        ("cpu", "torch_compile", {"cameras": ["front", "left"], "max_batch": 2}, [1, 2]),
+        ("cuda", "torch", {}, [1, 1, 1]),
+        ("cuda", "torch", {"cameras": ["front", "left"], "max_batch": 2}, [1, 1, 1, 2, 2, 2]),
+        ("cuda", "torch", {"cameras": ["/camera/*/image_raw"], "max_batch": 64}, [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]),
+    ],
+)
+def test_warming_up_runs_what_frames_will(
+    monkeypatch: pytest.MonkeyPatch, device: str, runtime: str, values: dict[str, Any], batches: list[int]
+) -> None:
+    """With a selection that is denser than frames' are, so that what grows has grown."""
+    seen: list[int] = []
+
+    class Segmenter:
+        bundle = SimpleNamespace(native_size=(40, 60))
+
+        def __init__(self) -> None:
+            self.device, self.runtime = SimpleNamespace(type=device), runtime
+
+        def segment(self, images: list[np.ndarray], choose: Any) -> None:
+            assert all(image.shape == (40, 60, 3) for image in images)
+            entropies = np.linspace(0, 1, 1001, dtype=np.float32)
+            assert (entropies > choose(entropies, 2400)).mean() == pytest.approx(0.3, abs=0.002)
+            seen.append(len(images))
+
+    monkeypatch.setattr(model, "load_segmenter", lambda values, announce: Segmenter())
+    announced: list[str] = []
+    model.start_segmenter({**defaults(), **values}, announced.append)
+    assert seen == batches and announced == ["warming up"]

@@ -25,12 +25,11 @@ from sparserefine_ros.benchmarks.clock import device_name, now
 from sparserefine_ros.benchmarks.paper_models import CLASSES, MODELS, gmacs, params_m
 from sparserefine_ros.errors import is_out_of_memory
 from sparserefine_ros.networks.graphed import Graphed
-from sparserefine_ros.networks.graphed_unet import GraphedUNet
 from sparserefine_ros.networks.selectors import upsample_nearest
 from sparserefine_ros.segmenter.dense import PRECISIONS, fold_batch_norm, ready
 from sparserefine_ros.segmenter.engine_trial import Case, fastest
 from sparserefine_ros.segmenter.head import build_head
-from sparserefine_ros.segmenter.refining import refiner_input
+from sparserefine_ros.segmenter.refining import Seen, Sparse
 from sparserefine_ros.sparse.backends import pick_backend
 
 WAYS = ("hr", "lr", "refined")
@@ -59,24 +58,21 @@ class Pipeline:
         torch.manual_seed(0)
         network = ready(fold_batch_norm(model.dense()), self.device, self.dtype)
         self.network = Graphed(lambda images: (network(images),)) if setting.graph else network
-        self.refiner = model.refiner(setting.stride).to(self.device)
+        refiner = model.refiner(setting.stride).to(self.device)
         backend = pick_backend(setting.backend, self.device, self.dtype)
         if setting.backend == "auto":
             args = model.refiner_args(setting.stride)
             backend = fastest(Case(CLASSES, args, setting.size, str(self.device), precision))
         self.backend = backend.name
-        self.refiner.fuse(backend, self.dtype)
-        self.graphed: GraphedUNet | None = None
-        if backend.name == "triton" and self.device.type == "cuda":
-            assert self.refiner.fused is not None
-            self.graphed = GraphedUNet(self.refiner.fused, setting.stride, refiner_input)
-        self.head = build_head(self.refiner, self.device)
+        self.refining = Sparse(refiner, backend, self.dtype, None)
+        self.head = build_head(refiner, self.device)
         self.size, low = setting.size, model.low_size(setting.size)
-        self.native = torch.randint(256, (batch, *self.size, 3), dtype=torch.uint8).to(self.device)
+        native = torch.randint(256, (batch, *self.size, 3), dtype=torch.uint8).to(self.device)
         self.images, self.low = (
             torch.randn(batch, 3, *size).to(self.device, memory_format=torch.channels_last) for size in (self.size, low)
         )
-        self.selected = model.selected(self.size, batch).to(self.device)
+        selected = model.selected(self.size, batch).to(self.device)
+        self.seen = Seen(selected, native, native, None, None)  # the refiner reads colours alone
 
     def hr(self) -> Tensor:  # -> [B, H, W]
         return self._dense(self.images).argmax(1)
@@ -92,14 +88,10 @@ class Pipeline:
             ids, confidence = (upsample_nearest(t, self.size) for t in (initial.mask, initial.confidence))
             upsample_nearest(initial.entropy > 1.0, self.size)  # random weights: it costs, and decides nothing
         with stage("refine"):
-            if self.graphed is not None:
-                sites, features = self.graphed(self.selected, self.native)
-            else:
-                pyramid = self.refiner.pyramid(self.selected)
-                sites = pyramid.levels[0]
-                features = self.refiner.features(refiner_input(sites, self.native), pyramid)
+            refined = self.refining(self.seen)
+            assert refined is not None
         with stage("merge"):
-            self.head.merge(features, logits, sites, ids, confidence)
+            self.head.merge(refined.features, logits, refined.sites, ids, confidence)
         return ids
 
     def _dense(self, images: Tensor) -> Tensor:  # [B, 3, h, w] -> [B, K, h, w]

@@ -18,22 +18,39 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sparserefine_ros")
 
 
+WARM_UP_DENSITY = 0.3
 LOADING, BUILDING, WARMING_UP = "loading", "building engine", "warming up"
 """What a start-up is at."""
 Announce = Callable[[str], None]
 
 
 def start_segmenter(values: Mapping[str, Value], announce: Announce) -> Segmenter:
-    """`load_segmenter`, then one frame that nobody sees, so that the first real one does not pay for first times."""
+    """`load_segmenter`, then frames that nobody sees, so that the first real ones do not pay for first times.
+
+    One on a CPU; on a GPU three, of which CUDA graphs capture the second. Where cameras share batches and something is
+    made for each size of a batch, each has its own.
+    """
     segmenter = load_segmenter(values, announce)
     announce(WARMING_UP)
+    from sparserefine_ros.networks.graphed import FORMS
+
+    frame, gpu = _first_frame(segmenter.bundle.native_size), segmenter.device.type == "cuda"
+    batches = gpu or segmenter.runtime == "torch_compile"
+    largest = min(int(values["max_batch"]), FORMS) if values["cameras"] and batches else 1
     try:
-        segmenter.segment([_first_frame(segmenter.bundle.native_size)])
+        for batch in range(1, largest + 1):
+            for _ in range(3 if gpu else 1):
+                segmenter.segment([frame] * batch, choose=_busy)
     except Exception as error:
         if not is_out_of_memory(error):  # real frames may be smaller, and have a way out
             raise
         logger.warning("out of memory while warming up with a frame of the model's native size")
     return segmenter
+
+
+def _busy(entropies: np.ndarray, pixels: int) -> float:
+    """A threshold that refines more than most frames need: graphs and buffers have room for what they have seen."""
+    return float(np.quantile(entropies, 1 - WARM_UP_DENSITY))
 
 
 def _first_frame(size: tuple[int, int]) -> np.ndarray:

@@ -70,10 +70,11 @@ def train(
     total = steps_epoch * recipe.epochs
     origin = {"seed": seed, "frames": task.samples, **(origin or {})}
     state = _State(folder / f"{name}.ckpt", module, average, optimizer, recipe, origin)
-    step = state.resume(device)
+    step = state.resume()
 
     def draw(at: int) -> Batch:
-        return task.batch(np.random.default_rng((seed, at)))
+        batch = task.batch(np.random.default_rng((seed, at)))
+        return tuple(tensor.pin_memory() for tensor in batch) if device.type == "cuda" else batch
 
     bar = Progress(
         TextColumn(f"[bold]{name}"), BarColumn(), TextColumn("{task.completed}/{task.total} {task.fields[note]}"),
@@ -93,13 +94,13 @@ def train(
             torch.manual_seed(_step_seed(seed, step))
             with mixed_precision(device):
                 loss = task.loss(module, batch)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise TrainingError(f"{name}: the loss is {value} at step {step}; lower lr (now {recipe.lr})")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(module.parameters(), 5.0)
             optimizer.step()
+            value = loss.item()  # last: a GPU has then been given the whole step
+            if not math.isfinite(value):
+                raise TrainingError(f"{name}: the loss is {value} at step {step}; lower lr (now {recipe.lr})")
             average.update_parameters(module)
             step += 1
             state.running = value if state.running is None else 0.98 * state.running + 0.02 * value
@@ -211,12 +212,13 @@ class _State:
                 f"which {after}"
             ) from error
 
-    def resume(self, device: torch.device) -> int:
+    def resume(self) -> int:
         sweep(self.path)
         if not self.path.exists():
             return 0
         try:
-            data = torch.load(self.path, map_location=device, weights_only=True)
+            # Each part is copied to where it belongs; AdamW's step counts stay on the host, which reads them.
+            data = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:  # a file cut short surfaces as anything from EOFError to RuntimeError
             raise TrainingError(f"cannot read the checkpoint {self.path}: {error}; remove it to start anew") from error
         if data["recipe"] != self.recipe:

@@ -285,7 +285,7 @@ def _self_test(device: torch.device) -> str | None:
     """Maps and convolutions of a small frame: what Triton misses on this machine shows here, not at the first frame."""
     generator = torch.Generator().manual_seed(0)
     mask = (torch.rand(1, 24, 24, generator=generator) < 0.5).to(device)
-    weight = torch.randn(TAPS, 32, 32, generator=generator).to(device, torch.float16) / 17
+    weight = torch.randn(TAPS, 32, 32, generator=generator).to(device) / 17
     backend, expected = TritonBackend(tune=False), Pyramid.build(mask, 2)
     try:
         pyramid = backend.pyramid(mask, 2, "dilate")
@@ -296,12 +296,14 @@ def _self_test(device: torch.device) -> str | None:
         ):
             if not torch.equal(mine.out_to_in, right.out_to_in):
                 return "Triton builds wrong maps there"
-            x = torch.randn(mine.n_in, 32, generator=generator).to(device, torch.float16)
-            out, reference = x.new_empty(mine.n_out, 32), torch.empty(mine.n_out, 32, device=device)
-            backend.conv(x, backend.pack(weight), mine, [Output(out)])
-            Backend().conv(x.float(), (weight.float(), None), right, [Output(reference)])
-            if not torch.allclose(out.float(), reference, rtol=1e-2, atol=1e-2):
-                return "Triton computes wrong values there"
+            x = torch.randn(mine.n_in, 32, generator=generator).to(device)
+            reference = torch.empty(mine.n_out, 32, device=device, dtype=torch.float64)
+            Backend().conv(x.double(), (weight.double(), None), right, [Output(reference)])
+            for dtype, tolerance in ((torch.float32, 1e-4), (torch.float16, 1e-2)):
+                out = torch.empty(mine.n_out, 32, device=device, dtype=dtype)
+                backend.conv(x.to(dtype), backend.pack(weight.to(dtype)), mine, [Output(out)])
+                if not torch.allclose(out.double(), reference, rtol=tolerance, atol=tolerance):
+                    return f"Triton computes wrong values there in {str(dtype).removeprefix('torch.')}"
     except Exception as error:  # the compiler, the launcher's compiler, the driver: each has errors of its own
         return f"Triton fails there: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
     return None
