@@ -5,6 +5,7 @@ Shape shorthand: B images, K classes, C channels, H, W native size, h, w low res
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -19,6 +20,8 @@ from conftest import DECODERS, write_decoder_bundle, write_tiny_bundle
 from torch.nn import functional as F
 
 from sparserefine_ros import cli
+from sparserefine_ros.cli import main
+from sparserefine_ros.datasets.classes import CAMVID
 from sparserefine_ros.errors import ExportError
 from sparserefine_ros.networks import association, exporting, local_attention
 from sparserefine_ros.networks import entropy as entropy_module
@@ -27,6 +30,7 @@ from sparserefine_ros.networks.unet import SparseUNet
 from sparserefine_ros.segmenter import export
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
 from sparserefine_ros.segmenter.export import export_dense, export_pipeline, is_dynamic
+from sparserefine_ros.segmenter.importing import import_checkpoint
 from sparserefine_ros.segmenter.plain_pipeline import PipelineOutput, PlainPipeline, shrink
 from sparserefine_ros.segmenter.plain_refiner import PlainUNet, coarser, finest
 from sparserefine_ros.segmenter.preprocess import low_resolution_size, resize
@@ -272,7 +276,7 @@ def test_a_file_with_other_values_is_refused(
     segmenter = Segmenter(Bundle.load(tiny_bundle), "cpu", sparse_backend="torch")
     genuine = export._run
     monkeypatch.setattr(export, "_run", lambda *args: [array * 1.001 for array in genuine(*args)])
-    with pytest.raises(ExportError, match=r"differ from torch's by 1\.0e-03 of the largest, allowed are 1e-04"):
+    with pytest.raises(ExportError, match=r"torch's by 1\.0e-03 of the largest for images of 32x48, allowed are 1e-04"):
         export_dense(segmenter.dense, tmp_path / "dense.onnx", (32, 48), fixed=False)
     monkeypatch.setattr(export, "_run", lambda *args: [a ^ 1 if a.dtype == np.uint8 else a for a in genuine(*args)])
     with pytest.raises(ExportError, match=r"another class than torch for 6144 of 6144 pixels, allowed are 1,"):
@@ -331,3 +335,64 @@ def test_larger_networks_export(tmp_path: Path, network: str) -> None:
     module = build(DENSE, network, 5, {}).eval()
     done = export_dense(module, tmp_path / "dense.onnx", (64, 96), fixed=not is_dynamic(module))
     assert done.difference < 1e-4
+
+
+def test_mask2former_is_exported_for_one_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Swin's padding and the attention's sizes are in the graph: at most other sizes it fails, at some it would err."""
+    needs_onnx()
+    from test_hub_import import mask2former
+
+    mask2former(tmp_path / "hub")
+    bundle = import_checkpoint(tmp_path / "hub", None, CAMVID, tmp_path / "mine", (64, 96))
+    segmenter = Segmenter(bundle, "cpu")
+    assert not is_dynamic(segmenter.dense)
+    assert main(["export", str(bundle.path), "--output", str(tmp_path / "onnx")]) == 0
+    assert "frames of 64x96 alone" in capsys.readouterr().out
+    onnx = Segmenter(bundle, "cpu", runtime="onnxruntime")
+    rng = np.random.default_rng(0)
+    for size in ((64, 96), (192, 224)):
+        image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        assert (onnx.segment([image])[0].mask == segmenter.segment([image])[0].mask).mean() > 0.999
+
+
+class OfItsSize(torch.nn.Module):
+    """Right at the size it is traced at alone."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images * int(images.shape[3])
+
+
+def test_a_file_for_every_size_is_compared_at_another(tmp_path: Path) -> None:
+    needs_onnx()
+    assert export_dense(OfItsSize(), tmp_path / "fixed.onnx", (32, 48), fixed=True).difference < 1e-6
+    with pytest.raises(ExportError, match=r"differ from torch's by .* for images of 65x65, .* one size alone"):
+        export_dense(OfItsSize(), tmp_path / "any.onnx", (32, 48), fixed=False)
+    assert not (tmp_path / "any.onnx").exists()
+
+
+def test_a_size_that_the_network_does_not_take_is_told(tiny_bundle: Path, tmp_path: Path) -> None:
+    needs_onnx()
+
+    class Fails(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("Calculated padded input size per channel: (1 x 1)\nKernel size")
+
+    with pytest.raises(ExportError, match=r"cannot make d.onnx for images of 20x20: Calculated padded .*\(1 x 1\); gi"):
+        export_dense(Fails(), tmp_path / "d.onnx", (20, 20), fixed=True)
+
+
+def test_what_an_export_that_was_killed_left_goes(tmp_path: Path) -> None:
+    needs_onnx()
+    old, new, other = (tmp_path / name for name in (".any-abcd1234", ".any-abcd5678", ".anyone-abcd1234"))
+    for folder in (old, new, other):
+        folder.mkdir()
+        (folder / "any.onnx").touch()
+    for folder in (old, other):
+        os.utime(folder, (1, 1))
+    export_dense(OfItsSize(), tmp_path / "any.onnx", (32, 48), fixed=True)
+    assert not old.exists() and new.exists() and other.exists()
+
+
+def test_a_bundle_is_not_exported_over(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(tiny_bundle), "--output", str(tiny_bundle)]) == 2
+    assert "holds a bundle, whose files would be written over; give another --output" in capsys.readouterr().err

@@ -145,7 +145,7 @@ SEGFORMER: dict[str, Any] = {"architectures": ["SegformerForSemanticSegmentation
              "backbone_config": {"model_type": "resnet"}},
             "backbone 'resnet'; known is 'swin'",
         ),
-        (SEGFORMER, "no model.safetensors"),
+        (SEGFORMER, "hub has no weights: none of model.safetensors, pytorch_model.bin"),
         ({"architectures": 5}, "cannot use the settings in .*hub: 'int' object is not iterable"),
         ({**SEGFORMER, "id2label": 5}, "cannot use the settings in .*hub: object of type 'int' has no len"),
         (
@@ -167,7 +167,7 @@ def test_folders_that_cannot_be_imported(config: object, message: str, tmp_path:
         ({"rescale_factor": 1 / 127.5}, "rescale_factor 0.0078.*; images are scaled by 1/255 here"),
         ({"image_std": 0.5}, "cannot use the settings in .*hub: object of type 'float' has no len"),
         ({"image_std": ["a", "b", "c"]}, "cannot use the settings in .*hub: must be real number, not str"),
-        ({"do_normalize": True, "rescale_factor": 0.00392156862745098}, "no model.safetensors"),  # the usual ones
+        ({"do_normalize": True, "rescale_factor": 0.00392156862745098}, "has no weights"),  # the usual ones
     ],
 )
 def test_other_scales_of_colours_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -203,7 +203,9 @@ def test_a_bundle_is_not_written_over_its_checkpoint(tmp_path: Path) -> None:
             import_checkpoint(file, None, CAMVID, folder, SIZE)
     assert (folder / "README.md").read_text() == "theirs"
     save_file({"segformer.a": torch.zeros(1)}, folder / "model.safetensors")
-    with pytest.raises(BundleError, match="cannot tell.*; give its folder, whose config.json may say it, or --net"):
+    with pytest.raises(
+        BundleError, match=r"cannot tell.*\(segformer.a, .*; give its folder, whose config.json may say it, or --net"
+    ):
         import_checkpoint(folder / "model.safetensors", None, CAMVID, tmp_path / "mine", SIZE)
 
 
@@ -239,3 +241,55 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     segformer(folder)
     assert main(["import", str(folder), *words]) == 0
     assert Bundle.load(tmp_path / "mine").dense.args["config"]["hidden_sizes"] == [8, 16, 24, 32]
+
+
+@pytest.mark.parametrize("form", ["bin", "shards", "bin shards"])
+def test_other_forms_of_weights_give_the_same(form: str, tmp_path: Path) -> None:
+    segformer(tmp_path / "hub")
+    file = tmp_path / "hub" / "model.safetensors"
+    right = import_checkpoint(tmp_path / "hub", None, CAMVID, tmp_path / "right", SIZE)
+    weights = load_file(file)
+    file.unlink()
+    stem, ending = ("pytorch_model", "bin") if "bin" in form else ("model", "safetensors")
+    write = torch.save if "bin" in form else save_file
+    if form == "bin":
+        write(weights, tmp_path / "hub" / "pytorch_model.bin")
+    else:
+        keys, where = list(weights), {}
+        for part, chosen in enumerate((keys[::2], keys[1::2]), 1):
+            name = f"{stem}-0000{part}-of-00002.{ending}"
+            write({key: weights[key] for key in chosen}, tmp_path / "hub" / name)
+            where |= dict.fromkeys(chosen, name)
+        (tmp_path / "hub" / f"{stem}.{ending}.index.json").write_text(json.dumps({"weight_map": where}))
+    bundle = import_checkpoint(tmp_path / "hub", None, CAMVID, tmp_path / "mine", SIZE)
+    assert bundle.dense.sha256 == right.dense.sha256
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": {"a": "../model.safetensors"}}, []])
+def test_an_index_leads_nowhere_else(index: Any, tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, SEGFORMER)
+    save_file({"a": torch.zeros(1)}, folder.parent / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BundleError, match="names files that are not in its folder|holds a list"):
+        import_checkpoint(folder, None, CAMVID, tmp_path / "mine", SIZE)
+
+
+def test_classes_that_are_called_otherwise_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    segformer(tmp_path / "hub")
+    file = tmp_path / "hub" / "config.json"
+    config = json.loads(file.read_text())
+    assert set(config["id2label"].values()) == {f"LABEL_{i}" for i in range(len(CAMVID))}  # nobody's names
+
+    def write_names(names: list[str]) -> None:
+        file.write_text(json.dumps({**config, "id2label": {str(i): name for i, name in enumerate(names)}}))
+
+    write_names([name.replace("_", " ").upper() for name in CAMVID.names])
+    import_checkpoint(tmp_path / "hub", None, CAMVID, tmp_path / "same", SIZE)
+    swapped = [CAMVID.names[1], CAMVID.names[0], *CAMVID.names[2:]]
+    write_names(swapped)
+    words = ["import", str(tmp_path / "hub"), "--classes", "camvid", "--models", str(tmp_path), "--name", "other"]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "otherwise than 'camvid': 0 is 'building', here 'sky', 1 is 'sky', here 'building';" in error
+    assert "or add --any-names" in error and not (tmp_path / "other").exists()
+    assert main([*words, "--any-names"]) == 0

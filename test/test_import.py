@@ -6,6 +6,7 @@ import pickle
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparserefine_ros.cli import main
-from sparserefine_ros.datasets.classes import CAMVID, ClassList
+from sparserefine_ros.datasets.classes import CAMVID, CITYSCAPES, ClassList
 from sparserefine_ros.errors import BundleError
 from sparserefine_ros.networks.registry import DENSE, build
 from sparserefine_ros.segmenter.bundle import Bundle, load_network
@@ -293,7 +294,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
         ):
             read_checkpoint(file)
     torch.save({"good": plain, "counter": torch.tensor(3), "half": plain.half()}, file)
-    assert list(read_checkpoint(file)) == ["good", "counter", "half"]
+    assert list(read_checkpoint(file).weights) == ["good", "counter", "half"]
     with pytest.raises(BundleError, match="cannot read checkpoint .*nothing.pth"):
         read_checkpoint(tmp_path / "nothing.pth")
 
@@ -389,11 +390,11 @@ def test_every_architecture_is_registered() -> None:
 def test_old_torch_is_not_trusted_with_a_pth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "weights.pth"
     torch.save({"a": torch.ones(2)}, file)
-    assert list(read_checkpoint(file)) == ["a"]
+    assert list(read_checkpoint(file).weights) == ["a"]
     for version, trusted in (("2.5.1+cu121", False), ("2.4.0", False), ("2.6.0", True), ("2.13.0+cpu", True)):
         monkeypatch.setattr(torch, "__version__", version)
         if trusted:
-            assert list(read_checkpoint(file)) == ["a"]
+            assert list(read_checkpoint(file).weights) == ["a"]
         else:
             with pytest.raises(BundleError, match=rf"torch {re.escape(version)} .*CVE-2025-32434.*>= 2\.6"):
                 read_checkpoint(file)
@@ -404,3 +405,35 @@ def test_names_of_bundles_are_plain(tmp_path: Path, capsys: pytest.CaptureFixtur
         words = ["import", str(tmp_path / "x.pth"), "--network", "offseg-t", "--classes", "camvid", "--name", name]
         assert main(words) == 2
         assert f"--name '{name}' must be a plain folder name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "meta", [{"CLASSES": CITYSCAPES.names[::-1]}, {"dataset_meta": {"classes": list(CITYSCAPES.names[::-1])}}]
+)
+def test_classes_of_another_order_are_told(meta: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "w.pth"
+    torch.save({"meta": meta, "state_dict": {"a": torch.zeros(1)}}, file)
+    assert read_checkpoint(file).class_names == CITYSCAPES.names[::-1]
+    with pytest.raises(BundleError, match="w.pth calls its classes otherwise than 'cityscapes': 0 is 'bicycle'"):
+        import_checkpoint(file, "segformer-b0", CITYSCAPES, tmp_path / "mine", (64, 96))
+    with pytest.raises(BundleError, match="weights missing"):
+        import_checkpoint(file, "segformer-b0", CITYSCAPES, tmp_path / "mine", (64, 96), any_names=True)
+
+
+def test_the_wrapper_of_data_parallel_is_taken_off(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"module.a": torch.zeros(1), "module.b": torch.ones(1)}}, tmp_path / "w.pth")
+    assert list(read_checkpoint(tmp_path / "w.pth").weights) == ["a", "b"]
+    torch.save({"module.a": torch.zeros(1), "b": torch.ones(1)}, tmp_path / "w.pth")
+    assert list(read_checkpoint(tmp_path / "w.pth").weights) == ["module.a", "b"]
+
+
+def test_weights_under_another_key_are_pointed_at(tmp_path: Path) -> None:
+    torch.save({"model": {"a": torch.zeros(1)}, "epoch": 3}, tmp_path / "w.pth")
+    with pytest.raises(BundleError, match="but a dict of model, epoch; if one of these is it, keep that alone"):
+        read_checkpoint(tmp_path / "w.pth")
+
+
+def test_renames_are_texts(tmp_path: Path) -> None:
+    (tmp_path / "renames.yaml").write_text("- [a, null]\n")
+    with pytest.raises(BundleError, match="'a', None. are not two texts"):
+        read_renames(tmp_path / "renames.yaml")

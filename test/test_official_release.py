@@ -174,7 +174,7 @@ def test_a_checkpoint_as_training_leaves_it(checkpoint: Path, tmp_path: Path, fr
     assert len(report) == len(shapes("offseg-t")) + 2
     assert "auxiliary_head.conv_seg.bias -> - (not needed: used in training only)" in report
     assert any(line.startswith("ema_backbone_patch_embed_0_bias -> - (not needed") for line in report)
-    module, _ = load("offseg-t", read_checkpoint(checkpoint))
+    module, _ = load("offseg-t", read_checkpoint(checkpoint).weights)
     result = Segmenter(bundle, "cpu").segment([frame])[0]
     with torch.no_grad():
         logits = module(normalise(torch.from_numpy(frame)[None]).double())[0]

@@ -247,7 +247,10 @@ def gray(scores: Tensor) -> Tensor:
     [
         (Own(7), r"outputs scores float32 \[1, 7, 8, 12\].*wanted are logits \[B, 11, h, w\] of the 11 classes"),
         (Then(Own(), gray), "class ids are no logits, export it without its argmax"),
-        (Then(Own(), lambda scores: scores.softmax(1)), "gives probabilities; export it without its softmax"),
+        (
+            Then(Own(), lambda scores: scores.softmax(1)),
+            "gives probabilities: .*; export it without its softmax or sigmoid",
+        ),
         (Then(Own(), lambda scores: scores / 0.0), "values that are not finite; check its weights"),
         (Then(Own(), lambda scores: scores + torch.randn_like(scores)), "other logits every time; export it for inf"),
         (nn.Sequential(nn.Conv2d(3, K, 1), nn.Flatten()), r"outputs scores float32 \[1, 16896\]"),
@@ -372,6 +375,12 @@ class Hub(ModuleType):
     def __init__(self, folder: Path) -> None:
         super().__init__("huggingface_hub")
         self.folder, self.asked = folder, []
+        self.files = ["config.json", "model.safetensors", "pytorch_model.bin", "tf_model.h5"]
+
+    def list_repo_files(self, name: str) -> list[str]:
+        if name != "owner/model":
+            raise ConnectionError("no network")
+        return self.files
 
     def snapshot_download(self, name: str, allow_patterns: list[str]) -> str:
         self.asked.append((name, allow_patterns))
@@ -399,7 +408,8 @@ def test_a_download_happens_only_when_asked_for(
     error = capsys.readouterr().err
     assert "cannot download owner/other: 404: owner/other; check its name" in error and "request id" not in error
     assert main(["import", "owner/model", "--download", *words]) == 0
-    assert hub.asked[-1][0] == "owner/model" and "*.bin" not in hub.asked[-1][1]
+    name, patterns = hub.asked[-1]
+    assert name == "owner/model" and "model.safetensors" in patterns and "pytorch_model.bin" not in patterns
     source = Bundle.load(tmp_path / "mine").provenance
     assert (source["hub"], source["revision"], source["licence"]) == ("owner/model", "0123abc", "apache-2.0")
     card = (tmp_path / "mine" / "README.md").read_text()
@@ -407,3 +417,105 @@ def test_a_download_happens_only_when_asked_for(
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert main(["import", "owner/model", "--download", *words[:3], "other", *words[4:]]) == 2
     assert "pip install huggingface_hub" in capsys.readouterr().err
+
+
+class Heads(nn.Module):
+    """A segmenter and the auxiliary head it was trained with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary, self.main = Own(), Own()
+        with torch.no_grad():
+            self.main.layers[-1].weight.neg_()
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.auxiliary(pixels), self.main(pixels)
+
+
+def test_of_several_outputs_one_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    file = tmp_path / "heads.onnx"
+    axes = {name: {0: "b", 2: "h", 3: "w"} for name in ("pixels", "aux", "out")}
+    torch.onnx.export(
+        Heads().eval(), (torch.zeros(1, 3, 32, 48),), str(file), input_names=["pixels"], output_names=["aux", "out"],
+        dynamic_axes=axes, opset_version=17, dynamo=False,
+    )  # fmt: skip
+    words = ["import", str(file), "--classes", "camvid", "--models", str(tmp_path), "--native-size", "64", "96"]
+    assert main([*words, "--name", "mine"]) == 2
+    error = capsys.readouterr().err
+    assert "more than one may be meant" in error and "name it with --output aux or out" in error
+    assert main([*words, "--name", "mine", "--output", "logits"]) == 2
+    assert "has no output 'logits'; --output is one of aux, out" in capsys.readouterr().err
+    assert main([*words, "--name", "mine", "--output", "out"]) == 0
+    images = torch.randn(1, 3, *SIZE)
+    dense = Segmenter(Bundle.load(tmp_path / "mine"), "cpu").dense
+    torch.testing.assert_close(dense(images), expected(Heads().main, images), rtol=1e-4, atol=1e-5)
+
+
+class Baked(nn.Module):
+    """Pads to squares of 16 and crops, by sizes that a tracer writes down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = Own()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        height, width = (int(n) for n in pixels.shape[2:])
+        padded = F.pad(pixels, (0, -width % 16, 0, -height % 16))
+        scores: Tensor = self.network(padded)
+        return scores[:, :, : height // 4, : width // 4]
+
+
+def test_sizes_that_a_graph_calls_dynamic_are_tried(tmp_path: Path) -> None:
+    """Elsewhere it gives the corner that it was traced for, which would be stretched over the frame."""
+    file = write(Baked(), tmp_path / "baked.onnx")  # traced at 32x48
+    bundle = import_checkpoint(file, None, CAMVID, tmp_path / "mine", (32, 48))
+    assert bundle.dense.args["size"] == [32, 48]
+    assert "its graph has that size in it" in (bundle.path / REPORT).read_text()
+    segmenter = Segmenter(bundle, "cpu")
+    assert segmenter.low_size((64, 96)) == (32, 48)
+    images = torch.randn(1, 3, 32, 48)
+    torch.testing.assert_close(segmenter.dense(images), expected(Baked(), images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("last", [torch.sigmoid, lambda scores: scores.softmax(1) * 255])
+def test_scores_that_are_never_negative_are_no_logits(last: Any, tmp_path: Path) -> None:
+    file = write(Then(Own(), last), tmp_path / "own.onnx")
+    with pytest.raises(BundleError, match="no value of output scores is negative; export it without its softmax or si"):
+        import_checkpoint(file, None, CAMVID, tmp_path / "mine", SIZE)
+
+
+def test_a_remark_is_not_taken_for_the_name_of_a_file(tmp_path: Path) -> None:
+    file = write(Own(), tmp_path / "own.ONNX")
+    import onnx
+
+    model = onnx.load(file)
+    for key, value in (("location", "Bonn"), ("license", "mit")):
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value
+    onnx.save(model, file)
+    bundle = import_checkpoint(file, None, CAMVID, tmp_path / "mine", SIZE)
+    assert bundle.provenance["licence"] == "mit"
+    assert Segmenter(bundle, "cpu").dense(torch.zeros(1, 3, *SIZE)).shape == (1, K, *SIZE)
+
+
+def test_options_of_other_files_are_refused(tmp_path: Path) -> None:
+    file = write(Own(), tmp_path / "own.onnx")
+    with pytest.raises(BundleError, match="leave --renames out"):
+        import_checkpoint(file, None, CAMVID, tmp_path / "mine", SIZE, renames=(("a", "b"),))
+    (tmp_path / "weights.pth").touch()
+    with pytest.raises(BundleError, match="leave --output out out"):
+        import_checkpoint(tmp_path / "weights.pth", None, CAMVID, tmp_path / "mine", SIZE, output="out")
+
+
+@pytest.mark.parametrize("theirs", ["README.md", "dense.safetensors", "dense.onnx"])
+def test_what_lies_in_the_folder_is_not_written_over(tmp_path: Path, theirs: str) -> None:
+    file = write(Own(), tmp_path / "own.onnx")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / theirs).write_text("theirs")
+    with pytest.raises(BundleError, match=f"holds {theirs} and no bundle; give another name, or move what is there"):
+        import_checkpoint(file, None, CAMVID, tmp_path / "mine", SIZE)
+    assert (tmp_path / "mine" / theirs).read_text() == "theirs"
+    (tmp_path / "mine" / REPORT).write_text("")  # an import that was cut off
+    import_checkpoint(file, None, CAMVID, tmp_path / "mine", SIZE)

@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
     if bundle.dense.network == ONNX:
         raise ExportError(f"bundle {bundle.name!r} is an ONNX file already: {bundle.path / bundle.dense.weights}")
     files.check_folder(args.output)
+    if (args.output / "model.yaml").exists():
+        raise ExportError(f"{args.output} holds a bundle, whose files would be written over; give another --output")
     segmenter = Segmenter(bundle, "cpu", sparse_backend="torch", runtime="torch")
     size = args.size or bundle.native_size
     low = segmenter.low_size(size)

@@ -14,9 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
         type=parse_path,
-        help=".safetensors or .pth file of mmsegmentation; or a folder from the hub, with config.json and "
-        "model.safetensors: a SegFormer or a Mask2Former on Swin; or any segmenter as .onnx, normalised images to "
-        "logits, which runtime onnxruntime then runs as it is",
+        help=".safetensors or .pth file of mmsegmentation; or a folder from the hub, with config.json and weights: a "
+        "SegFormer or a Mask2Former on Swin; or any segmenter as .onnx, normalised images to logits, which runtime "
+        "onnxruntime then runs as it is",
     )
     parser.add_argument(
         "--download", action="store_true", help="the checkpoint is a name on the hub, owner/model: fetch it"
@@ -29,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes", required=True, help="camvid, cityscapes, or a YAML file that gives name, names and palette"
     )
+    parser.add_argument(
+        "--any-names", action="store_true", help="the checkpoint may call its classes otherwise than --classes does"
+    )
+    parser.add_argument("--output", help="of an ONNX file with several outputs, the name of the one with the logits")
     parser.add_argument("--name", required=True, help="name of the bundle")
     parser.add_argument(
         "--models", type=parse_path, default=Path("models"), help="where the bundle goes (default: models)"
@@ -58,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     height, width = args.native_size
     bundle = import_checkpoint(
         args.checkpoint, args.network, classes, args.models / args.name, (height, width), args.scale,
-        read_renames(args.renames) if args.renames else (), args.download,
+        read_renames(args.renames) if args.renames else (), args.download, args.any_names, args.output,
     )  # fmt: skip
     print(f"wrote {bundle.path}; what was found: {bundle.path / REPORT}; its entropy threshold is not calibrated")
     print(f"licence: {bundle.provenance['licence'] or UNKNOWN}")

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from sparserefine_ros.datasets.pictures import encode_png, read_rgb
-    from sparserefine_ros.errors import DatasetError, ParameterError
+    from sparserefine_ros.errors import DatasetError, FrameError, ParameterError
     from sparserefine_ros.evaluation import files
     from sparserefine_ros.networks.boundaries import YELLOW, draw_boundaries
     from sparserefine_ros.segmenter.bundle import Bundle
@@ -55,11 +55,12 @@ def run(args: argparse.Namespace) -> int:
     for file in args.images:
         try:
             image = read_rgb(file)
-        except DatasetError as error:  # costs itself alone
-            print(f"error: {error}", file=sys.stderr)
+            result = segmenter.segment([image])[0]
+        except (DatasetError, FrameError) as error:  # costs itself alone
+            what = str(error) if str(file) in str(error) else f"{file}: {error}"
+            print(f"error: {what}", file=sys.stderr)
             failed = 2
             continue
-        result = segmenter.segment([image])[0]
         written = write("mask", result.mask)
         write("overlay", cv2.addWeighted(image, 0.5, segmenter.classes.lut()[result.mask], 0.5, 0))
         if segmenter.has_superpixels:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -13,7 +14,15 @@ from torch import Tensor
 
 from sparserefine_ros.errors import BundleError
 
+WRAPPER = "module."
 SAFE_TORCH = (2, 6)  # before it, weights_only kept code out less well than it said
+
+
+class Checkpoint(NamedTuple):
+    """What is in a file."""
+
+    weights: dict[str, Tensor]
+    class_names: tuple[str, ...] = ()  # in the order of their ids, where it says so
 
 
 class _Ignored:
@@ -42,11 +51,14 @@ torch's weights_only refuses the file for the sake of that log. None of the real
 """
 
 
-def read_checkpoint(file: Path) -> dict[str, Tensor]:
-    """The weights of ``file`` by name; BundleError for a file that is unreadable or holds anything but tensors."""
+def read_checkpoint(file: Path) -> Checkpoint:
+    """The weights of ``file`` by name, without the `module.` that torch's DataParallel puts before all of them.
+
+    Raises BundleError for a file that is unreadable or holds anything but tensors.
+    """
     try:
         if file.suffix == ".safetensors":
-            return dict(load_file(file))
+            return Checkpoint(_unwrapped(load_file(file)))
         if _release(torch.__version__) < SAFE_TORCH:
             raise BundleError(
                 f"torch {torch.__version__} can be made to run code by a .pth file (CVE-2025-32434); install torch >= "
@@ -63,15 +75,35 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # a file cut short makes the readers raise anything
         raise BundleError(f"cannot read checkpoint {file}: {error}; give a .pth or .safetensors file") from error
+    names = _class_names(data)
     if isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
         data = data["state_dict"]
     if not isinstance(data, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items()):
-        raise BundleError(f"{file} holds no state dict of named weights; give a checkpoint of mmsegmentation")
+        held = f"a dict of {', '.join(map(str, list(data)[:8]))}" if isinstance(data, dict) else type(data).__name__
+        raise BundleError(
+            f"{file} holds no state dict of named weights, but {held:.200}; if one of these is it, keep that alone: "
+            "torch.save(torch.load(FILE, weights_only=True)[KEY], NEW_FILE)"
+        )
     for name, tensor in data.items():
         if not _is_plain(tensor):
             what = f"{str(tensor.dtype).removeprefix('torch.')}, {str(tensor.layout).removeprefix('torch.')}"
             raise BundleError(f"{file}: weight {name!r} is no plain tensor of numbers ({what}); save it as float32")
-    return dict(data)
+    return Checkpoint(_unwrapped(data), names)
+
+
+def _unwrapped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    wrapped = bool(weights) and all(name.startswith(WRAPPER) for name in weights)
+    return {name.removeprefix(WRAPPER) if wrapped else name: tensor for name, tensor in weights.items()}
+
+
+def _class_names(data: Any) -> tuple[str, ...]:
+    """Of mmsegmentation's note beside the weights, as its versions 0 and 1 write it."""
+    meta = data.get("meta") if isinstance(data, dict) else None
+    if not isinstance(meta, dict):
+        return ()
+    dataset = meta.get("dataset_meta")
+    names = dataset.get("classes") if isinstance(dataset, dict) else meta.get("CLASSES")
+    return tuple(map(str, names)) if isinstance(names, list | tuple) else ()
 
 
 def _is_plain(tensor: Tensor) -> bool:

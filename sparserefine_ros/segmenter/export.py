@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import glob
 import io
+import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from sparserefine_ros.errors import ExportError, ParameterError
+from sparserefine_ros.networks.mask2former import Mask2Former
 from sparserefine_ros.networks.offseg import OffSeg
 from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.superpixel import SuperpixelTransformer
@@ -39,8 +43,10 @@ from sparserefine_ros.whole_files import whole
 OPSET = 17  # ONNX Runtime 1.14, TensorRT 8.6
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2}  # of the largest logit, by the network's number format
 FLIPPED = 1e-4  # share of the pixels, at least one, whose class may differ: ties that rounding breaks the other way
-FIXED_SIZE = (SuperpixelTransformer, OffSeg)
+LEFT_S = 3600.0  # a folder of a file that is being written is not so old
+FIXED_SIZE = (SuperpixelTransformer, OffSeg, Mask2Former)
 """Networks that decide on their images' size while they are traced: one file a size, one image at a time."""
+ELSE = (33, 17)  # added to a traced size: where one file is to serve every size, it is compared there as well
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def export_dense(
     Args:
         network: on any device; a copy is exported.
         path: of the file.
-        size: (h, w) to trace and compare at.
+        size: (h, w) to trace and compare at; unless ``fixed``, two images of another size are compared, too.
         fixed: one image of exactly ``size``; needed where the network is not `is_dynamic`.
         half: compute in float16.
         external: weights in a file of their own beside it, ``path`` + ".data".
@@ -86,23 +92,31 @@ def export_dense(
     """
     network = copy.deepcopy(network).cpu().float().eval()
     images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = network(images)  # float32 in any case: half precision is compared with what it stands for
+    with _naming(path, size):
+        expected = [(images, network(images))]  # float32: half precision is compared with what it stands for
+    if not fixed:
+        others = torch.randn(2, 3, size[0] + ELSE[0], size[1] + ELSE[1], generator=torch.Generator().manual_seed(1))
+        with contextlib.suppress(RuntimeError, ValueError), torch.no_grad():  # a size that torch takes no more either
+            expected.append((others, network(others)))
     axes = {0: "batch", 2: "height", 3: "width"}
     with _checked(path) as partial:
         _write(
             HalfPrecision(network) if half else network, (images,), partial, ["images"], ["logits"],
             {} if fixed else {"images": axes, "logits": axes}, external,
         )  # fmt: skip
-        [found] = _run(partial, {"images": images.numpy()})
-        difference = float(np.abs(found - expected.numpy()).max() / expected.abs().max())
-        tolerance = TOLERANCE[torch.float16 if half else torch.float32]
-        if not difference <= tolerance:  # NaN, too
-            raise ExportError(
-                f"{path.name} would give logits that differ from torch's by {difference:.1e} of the largest, allowed "
-                f"are {tolerance:.0e}; it is not kept: report the versions of torch and onnxruntime"
-            )
-    return Exported(path, difference)
+        tolerance, differences = TOLERANCE[torch.float16 if half else torch.float32], []
+        for given, right in expected:
+            height, width = given.shape[2:]
+            [found] = _run(partial, {"images": given.numpy()}, f"{len(given)} of {height}x{width}")
+            difference = float(np.abs(found - right.numpy()).max() / right.abs().max())
+            if not difference <= tolerance:  # NaN, too
+                raise ExportError(
+                    f"{path.name} would give logits that differ from torch's by {difference:.1e} of the largest for "
+                    f"images of {height}x{width}, allowed are {tolerance:.0e}; it is not kept: export it for one size "
+                    f"alone{', or without half precision' if half else ''}, or run it in torch"
+                )
+            differences.append(difference)
+    return Exported(path, max(differences))
 
 
 def export_pipeline(
@@ -133,7 +147,7 @@ def export_pipeline(
     unfused.fused = None
     pipeline = PlainPipeline(dense, copy.deepcopy(unfused), segmenter.scale).cpu().float().eval()
     image, threshold = torch.from_numpy(_picture(size))[None], torch.tensor(segmenter.entropy_threshold)
-    with torch.no_grad():
+    with _naming(path, size):
         expected: PipelineOutput = pipeline(image, threshold)
     native, low = {1: "height", 2: "width"}, {1: "low_height", 2: "low_width"}
     axes = {"image": native, "mask": native, "confidence": native, "entropy": low}
@@ -143,17 +157,31 @@ def export_pipeline(
             pipeline, (image, threshold), partial, list(feeds), list(PipelineOutput._fields), {} if fixed else axes,
             external,
         )  # fmt: skip
-        found = PipelineOutput(*(torch.from_numpy(np.asarray(array)) for array in _run(partial, feeds)))
+        arrays = _run(partial, feeds, f"{size[0]}x{size[1]}")
+        found = PipelineOutput(*(torch.from_numpy(np.asarray(array)) for array in arrays))
         pixels, flips = expected.mask.numel(), int((found.mask != expected.mask).sum())
         difference = float((found.entropy - expected.entropy).abs().max())
         allowed = max(1, int(FLIPPED * pixels))
         if not (flips <= allowed and difference <= TOLERANCE[torch.float32] * len(segmenter.classes)):
             raise ExportError(
                 f"{path.name} would give another class than torch for {flips} of {pixels} pixels, allowed are "
-                f"{allowed}, and entropies that differ by {difference:.1e} nats; it is not kept: report the versions "
-                "of torch and onnxruntime"
+                f"{allowed}, and entropies that differ by {difference:.1e} nats; it is not kept: give another --size, "
+                "or run it in torch"
             )
     return Exported(path, difference, flips / pixels)
+
+
+@contextlib.contextmanager
+def _naming(path: Path, size: tuple[int, int]) -> Iterator[None]:
+    """Without gradients; ExportError where the network does not take images of ``size``."""
+    try:
+        with torch.no_grad():
+            yield
+    except (RuntimeError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExportError(
+            f"cannot make {path.name} for images of {size[0]}x{size[1]}: {first}; give a size that the network takes"
+        ) from error
 
 
 def require(package: str, install: str) -> ModuleType:
@@ -171,6 +199,10 @@ def _checked(path: Path) -> Iterator[Path]:
     Its weights beside it are found by their own name, so another name would not do.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.stem[:100])}-????????"):  # of processes that were killed
+        with contextlib.suppress(OSError):
+            if left.is_dir() and time.time() - left.stat().st_mtime > LEFT_S:
+                shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.stem[:100]}-", dir=path.parent) as folder:
         try:
             yield Path(folder) / path.name
@@ -199,13 +231,29 @@ def _write(
         except (RuntimeError, ValueError, TypeError, torch.onnx.errors.OnnxExporterError) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise ExportError(f"torch {torch.__version__} cannot export {type(module).__name__}: {first}") from error
+    if not axes and any(isinstance(part, Mask2Former) for part in module.modules()):
+        _make_grids_single(onnx, path)
     if external:
         data = path.with_name(path.name + ".data")
         onnx.save_model(onnx.load(path), path, save_as_external_data=True, location=data.name, size_threshold=1024)
         data.chmod(0o644)  # onnx writes a file that only its owner may read
 
 
-def _run(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+def _make_grids_single(onnx: Any, path: Path) -> None:
+    """Where sizes are fixed the exporter computes positions in float64 beforehand, at which no CPU samples a grid."""
+    model = onnx.load(path)
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    for node in nodes:
+        if node.op_type == "GridSample":
+            grid, node.input[1] = node.input[1], f"{node.name}/single"
+            cast = onnx.helper.make_node("Cast", [grid], [node.input[1]], to=onnx.TensorProto.FLOAT)
+            model.graph.node.append(cast)
+        model.graph.node.append(node)
+    onnx.save(model, path)
+
+
+def _run(path: Path, feeds: dict[str, np.ndarray], images: str) -> list[np.ndarray]:
     try:
         runtime = onnxruntime()
     except ParameterError as error:
@@ -216,7 +264,11 @@ def _run(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         arrays: list[np.ndarray] = session.run(None, feeds)
     except Exception as error:  # its exceptions share no base of their own
-        raise ExportError(f"onnxruntime {runtime.__version__} cannot run {path.name}: {error}") from error
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExportError(
+            f"onnxruntime {runtime.__version__} cannot run {path.name} on images, {images}: {first}; it is not kept: "
+            "export it for one size alone, without half precision, or run it in torch"
+        ) from error
     return arrays
 
 

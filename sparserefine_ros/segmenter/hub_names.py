@@ -1,4 +1,4 @@
-"""Checkpoints in the form of the Hugging Face hub: a folder with config.json and model.safetensors.
+"""Checkpoints in the form of the Hugging Face hub: a folder with config.json and weights, in one file or several.
 
 What to build is read from config.json, of which only the keys that shape a network are kept; the names of the weights
 are those that the hub's files have, also where newer versions of transformers call their modules otherwise.
@@ -13,13 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from sparserefine_ros.errors import BundleError
 from sparserefine_ros.networks.hub_config import MASK2FORMER_KEYS, SEGFORMER_KEYS, SWIN_KEYS
+from sparserefine_ros.segmenter.checkpoints import read_checkpoint
 from sparserefine_ros.segmenter.mmseg_names import Architecture, Renames
 from sparserefine_ros.segmenter.preprocess import MEAN, STD
 from sparserefine_ros.untrusted import read_text
 
-WEIGHTS = "model.safetensors"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""In the order of choice. Weights in several files have an index of that name and ``INDEX``."""
+INDEX = ".index.json"
 DEFAULT_CLASSES = 2
 """Of a configuration that names none: transformers leaves out what is its default."""
 
@@ -119,6 +124,35 @@ def _read_architecture(folder: Path, num_classes: int) -> tuple[str, Architectur
             raise BundleError(f"{folder / 'config.json'} has backbone {backbone.get('model_type')!r}; known is 'swin'")
         kept["backbone_config"] = {key: backbone[key] for key in family.backbone_keys if key in backbone}
     return name, Architecture(family.network, lambda weights: {"config": kept}, family.renames, (), family.unneeded)
+
+
+def class_names(folder: Path) -> tuple[str, ...]:
+    """Of ``folder``'s config.json, which `read_architecture` takes, in the order of their ids."""
+    names = _read(folder / "config.json").get("id2label")
+    if not isinstance(names, dict):
+        return ()
+    try:
+        return tuple(str(names[key]) for key in sorted(names, key=int))
+    except ValueError:
+        return ()
+
+
+def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The file that says which weights there are, and these; BundleError where there are none or some are missing."""
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name, read_checkpoint(folder / name).weights
+        index = folder / (name + INDEX)
+        if index.is_file():
+            parts = _read(index).get("weight_map")
+            files = sorted(set(map(str, parts.values()))) if isinstance(parts, dict) else []
+            if not files or any(Path(file).name != file or not (folder / file).is_file() for file in files):
+                raise BundleError(f"{index} names files that are not in its folder: {', '.join(files)[:200]}")
+            return index, {key: t for file in files for key, t in read_checkpoint(folder / file).weights.items()}
+    raise BundleError(
+        f"{folder} has no weights: none of {', '.join(WEIGHTS)}, whole or in several files with their {INDEX}; "
+        "with transformers, save_pretrained(FOLDER) writes them"
+    )
 
 
 def _check_statistics(file: Path) -> None:

@@ -21,9 +21,9 @@ from sparserefine_ros.errors import BundleError
 from sparserefine_ros.networks.registry import DENSE, build
 from sparserefine_ros.segmenter import onnx_file
 from sparserefine_ros.segmenter.bundle import ONNX, Bundle, NetworkSpec, construct, save_network
-from sparserefine_ros.segmenter.checkpoints import read_checkpoint
+from sparserefine_ros.segmenter.checkpoints import Checkpoint, read_checkpoint
 from sparserefine_ros.segmenter.hub_download import download
-from sparserefine_ros.segmenter.hub_names import WEIGHTS, read_architecture
+from sparserefine_ros.segmenter.hub_names import class_names, read_architecture, read_weights
 from sparserefine_ros.segmenter.licences import find_licence, write_import_card
 from sparserefine_ros.segmenter.mmseg_names import ARCHITECTURES, BLOCKS, OFFSET_PREFIX, Architecture, Renames
 from sparserefine_ros.segmenter.preprocess import low_resolution_size
@@ -34,6 +34,7 @@ REPORT = "import.txt"
 """The report's name in the bundle."""
 HUB_NAME = r"[\w.-]+/[\w.-]+"  # owner and model
 SUFFIXES = (".pth", ".safetensors", ".onnx")  # of files, which no name on the hub ends with
+PLACEHOLDER = r"(label|class)?[ _]?\d*"
 NAMED = 12  # keys that an error lists before it only counts
 
 
@@ -58,6 +59,8 @@ def import_checkpoint(
     scale: float = 1.0,
     renames: Renames = (),
     may_download: bool = False,
+    any_names: bool = False,
+    output: str | None = None,
 ) -> Bundle:
     """Writes the bundle ``folder`` from the checkpoint ``file``, with a report and a model card.
 
@@ -65,17 +68,19 @@ def import_checkpoint(
         file: .safetensors, or a .pth that torch reads without running code; or a folder of the hub's; or .onnx.
         network: a name of `mmseg_names.ARCHITECTURES`; None to tell it from the weights, and for a folder, whose
             config.json says what it is, and an ONNX file.
-        classes: must have as many classes as the checkpoint.
-        folder: must hold neither a bundle nor ``file``; its name becomes the bundle's.
+        classes: must have as many classes as the checkpoint, and where that names them, of these names in this order.
+        folder: must hold neither a bundle nor ``file`` nor what would be written over; its name becomes the bundle's.
         native_size: (H, W) of the frames it is meant for; other sizes work too.
         scale: low resolution over native resolution.
         renames: applied before the architecture's own.
         may_download: ``file`` may be a name on the hub.
+        any_names: the checkpoint may call its classes otherwise.
+        output: of an ONNX file that has several, the one with the logits.
 
     Raises:
         BundleError: an unknown network or none that can be told, an unreadable file, weights that are missing, left
             over, misshapen or not finite, a name on the hub that may not or cannot be downloaded, classes or a size
-            that no bundle may have.
+            that no bundle may have, or classes that the checkpoint calls otherwise.
     """
     if (folder / "model.yaml").exists():
         raise BundleError(f"{folder} holds a bundle already; remove it or give another name")
@@ -92,16 +97,23 @@ def import_checkpoint(
             )
         file = download(name)
         bundle.provenance.update(hub=name, revision=file.name)
-    if file.suffix == ".onnx" and network is not None:
-        raise BundleError(f"{file} is an ONNX file, which says what it is; leave --network {network} out")
+    onnx = file.suffix.lower() == ".onnx"
+    if onnx and (network is not None or renames):
+        what = "--renames" if network is None else f"--network {network}"
+        raise BundleError(f"{file} is an ONNX file, which says what it is; leave {what} out")
+    if output is not None and not onnx:
+        raise BundleError(f"{file} is no ONNX file, of whose outputs one could be chosen; leave --output {output} out")
     if folder.resolve() in (file.resolve(), file.resolve().parent):  # whose card, or weights, it would write over
         raise BundleError(f"{folder} holds the checkpoint itself; give the bundle another name, or move {file.name}")
+    there = [name for name in ("README.md", "dense.safetensors", "dense.onnx") if (folder / name).exists()]
+    if there and not (folder / REPORT).exists():  # which an earlier try may have left
+        raise BundleError(f"{folder} holds {there[0]} and no bundle; give another name, or move what is there")
     licence = find_licence(file) if file.exists() else ""
-    if file.suffix == ".onnx":
-        bundle, report, found = _import_onnx(file, bundle)
+    if onnx:
+        bundle, report, found = _import_onnx(file, bundle, output)
         licence = found or licence
     else:
-        bundle, rows = _import_weights(file, network, bundle, renames)
+        bundle, rows = _import_weights(file, network, bundle, renames, any_names)
         report = [str(row) for row in rows]
     bundle.provenance["licence"] = licence
     write_whole(folder / REPORT, "".join(f"{line}\n" for line in report).encode())
@@ -110,10 +122,10 @@ def import_checkpoint(
     return bundle
 
 
-def _import_onnx(file: Path, bundle: Bundle) -> tuple[Bundle, list[str], str]:
+def _import_onnx(file: Path, bundle: Bundle, output: str | None) -> tuple[Bundle, list[str], str]:
     """``bundle`` with the ONNX file in it, what was found, and the licence of its metadata."""
     wanted = low_resolution_size(bundle.native_size, bundle.scale)
-    found = onnx_file.inspect(file, len(bundle.classes), wanted)
+    found = onnx_file.inspect(file, len(bundle.classes), wanted, output)
     size = tuple(found.args["size"] or wanted)
     if size != wanted:
         height, width = bundle.native_size
@@ -130,10 +142,14 @@ def _import_onnx(file: Path, bundle: Bundle) -> tuple[Bundle, list[str], str]:
     return replace(bundle, dense=spec), found.report, found.licence
 
 
-def _import_weights(file: Path, network: str | None, bundle: Bundle, renames: Renames) -> tuple[Bundle, list[Row]]:
+def _import_weights(
+    file: Path, network: str | None, bundle: Bundle, renames: Renames, any_names: bool
+) -> tuple[Bundle, list[Row]]:
     """``bundle`` with the network that the checkpoint is for, and what became of each weight."""
     classes = bundle.classes
-    source, file, state, architecture = _read(file, network, len(classes), renames)
+    source, file, (state, names), architecture = _read(file, network, len(classes), renames)
+    if not any_names:
+        check_names(names, classes, file)
     weights, rows = rename(state, architecture, renames)
     args = architecture.args(weights)
 
@@ -152,26 +168,47 @@ def _import_weights(file: Path, network: str | None, bundle: Bundle, renames: Re
 
 def _read(
     file: Path, network: str | None, num_classes: int, renames: Renames
-) -> tuple[str, Path, dict[str, Tensor], Architecture]:
-    """What the checkpoint is called, the file with its weights, these, and what to build for it."""
+) -> tuple[str, Path, Checkpoint, Architecture]:
+    """What the checkpoint is called, the file with its weights, what is in it, and what to build for it."""
     if file.is_dir():
         if network is not None:
             raise BundleError(f"{file} is a folder, whose config.json says what it is; leave --network {network} out")
         source, architecture = read_architecture(file, num_classes)
-        if not (file / WEIGHTS).is_file():
-            raise BundleError(f"{file} has no {WEIGHTS}; other forms and weights in several files are not read")
-        return source, file / WEIGHTS, read_checkpoint(file / WEIGHTS), architecture
+        path, weights = read_weights(file)
+        return source, path, Checkpoint(weights, class_names(file)), architecture
     if network is not None and network not in ARCHITECTURES:
         raise BundleError(f"unknown network {network!r}; choose one of {', '.join(ARCHITECTURES)}")
-    state = read_checkpoint(file)
-    name = network or detect(state, renames)
+    found = read_checkpoint(file)
+    name = network or detect(found.weights, renames)
     if name is None:
         beside = " its folder, whose config.json may say it, or" if (file.parent / "config.json").is_file() else ""
         raise BundleError(
-            f"cannot tell from the weights of {file} what network they are for; give{beside} --network, one of "
-            f"{', '.join(ARCHITECTURES)}"
+            f"cannot tell from the weights of {file} ({', '.join(list(found.weights)[:3])}, ...) what network they are "
+            f"for; give{beside} --network, one of {', '.join(ARCHITECTURES)}, or --renames where only names differ"
         )
-    return name, file, state, ARCHITECTURES[name]
+    return name, file, found, ARCHITECTURES[name]
+
+
+def check_names(theirs: Sequence[str], classes: ClassList, file: Path) -> None:
+    """BundleError where a checkpoint calls its classes otherwise than ``classes``: their order may be another.
+
+    Capitals and punctuation do not count, nor do the numbers that stand where nobody gave names.
+    """
+    if len(theirs) != len(classes) or all(re.fullmatch(PLACEHOLDER, name, re.IGNORECASE) for name in theirs):
+        return  # another number is told by the shapes of the weights
+    ours = classes.names
+    differ = [i for i, name in enumerate(theirs) if _letters(name) != _letters(ours[i])]
+    if differ:
+        listed = ", ".join(f"{i} is {theirs[i]!r}, here {ours[i]!r}" for i in differ[:NAMED])
+        more = f" and {len(differ) - NAMED} more" if len(differ) > NAMED else ""
+        raise BundleError(
+            f"{file} calls its classes otherwise than {classes.name!r}: {listed}{more}; give --classes a list of its "
+            "classes in its order, or add --any-names where they mean the same"
+        )
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.lower())
 
 
 def detect(state: Mapping[str, Tensor], renames: Renames = ()) -> str | None:
@@ -189,8 +226,10 @@ def read_renames(file: Path) -> Renames:
     """Pairs [regular expression, replacement] from a YAML list; BundleError where it is none."""
     try:
         pairs = load_yaml(file)
-        renames = tuple((str(pattern), str(replacement)) for pattern, replacement in pairs)
-        for pattern, _ in renames:
+        renames = tuple((pattern, replacement) for pattern, replacement in pairs)
+        for pattern, replacement in renames:
+            if not isinstance(pattern, str) or not isinstance(replacement, str):
+                raise ValueError(f"{[pattern, replacement]} are not two texts, which stand in quotes")
             re.compile(pattern)
     except (OSError, TypeError, ValueError, re.error) as error:
         raise BundleError(

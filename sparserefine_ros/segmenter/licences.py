@@ -9,7 +9,7 @@ from sparserefine_ros.segmenter.bundle import Bundle
 from sparserefine_ros.untrusted import MAX_TEXT, parse_yaml
 from sparserefine_ros.whole_files import write_whole
 
-NAMES = ("license", "licence", "copying")  # of files, in small letters, without what stands behind a dot
+NAMES = ("license", "licence", "copying", "unlicense")  # what files begin with, in small letters
 UNKNOWN = "none found with the checkpoint: ask those who published it before you use it"
 
 
@@ -24,7 +24,7 @@ def find_licence(checkpoint: Path) -> str:
         named = str(head.get("license_name") or found)
         return f"{named} ({head['license_link']})" if head.get("license_link") else named
     for file in sorted(folder.iterdir()):
-        if file.is_file() and file.name.lower().split(".")[0] in NAMES:
+        if file.is_file() and file.name.lower().startswith(NAMES):
             lines = [line.strip() for line in _beginning(file).splitlines()]
             found = f"{file.name}, which begins: {next(filter(None, lines), '(empty)')}"
             return found if checkpoint.is_dir() else f"{found} (it lies beside the file; is it meant for it?)"
@@ -45,7 +45,8 @@ def write_import_card(bundle: Bundle, report: str) -> None:
     }
     if "revision" in source:
         rows["revision"] = source["revision"]
-    table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
+    cells = {name: " ".join(str(text).replace("|", "\\|").split()) for name, text in rows.items()}
+    table = "\n".join(f"| {name} | {text} |" for name, text in cells.items())
     card = (
         f"# {bundle.name}\n\n| | |\n|---|---|\n{table}\n\nWhere each weight went: `{report}`.\n\n"
         "<!-- table: start -->\n<!-- table: end -->\n"
@@ -70,4 +71,4 @@ def _front_matter(file: Path) -> dict[str, Any]:
 def _beginning(file: Path) -> str:
     """Text that somebody else wrote, as much of it as is read of any."""
     with file.open("rb") as stream:
-        return stream.read(MAX_TEXT).decode(errors="replace")
+        return stream.read(MAX_TEXT).decode("utf-8-sig", errors="replace")
