@@ -299,3 +299,9 @@ def test_numbers_of_eight_bits_are_read(copy: Path) -> None:
     rehash(copy)
     network = load_registered(Bundle.load(copy), Bundle.load(copy).dense, DENSE)
     assert torch.equal(network.classifier.weight, state["classifier.weight"].float())
+
+
+def test_rehash_says_what_does_not_fit(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(copy / "refiner.safetensors", copy / "dense.safetensors")
+    assert cli(["rehash", str(copy)]) == 2
+    assert "weight 'classifier.weight' in" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from sparserefine_ros.errors import BundleError, FrameError, ParameterError
 from sparserefine_ros.networks.fused_unet import FusedUNet
 from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.registry import DENSE, REFINERS, build
+from sparserefine_ros.segmenter import segmenter as segmenter_module
 from sparserefine_ros.segmenter.bundle import Bundle, load_network, save_network
 from sparserefine_ros.segmenter.preprocess import MEAN, STD, low_resolution_size, resize
 from sparserefine_ros.segmenter.segmenter import ENTROPY_SAMPLE, Choose, Segmenter
@@ -297,13 +298,27 @@ def test_command_says_what_it_could_not_write(
         assert folder in capsys.readouterr().err
 
 
-def test_a_picture_that_cannot_be_read_costs_itself(
-    tiny_bundle: Path, frame: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_picture_that_cannot_be_read_or_segmented_costs_itself(
+    tiny_bundle: Path,
+    frame: np.ndarray,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    check = segmenter_module._check_image
+
+    def no_pixel_alone(image: np.ndarray) -> None:
+        check(image)
+        if image.size == 3:
+            raise FrameError("the dense segmenter fails on images of 1x1")
+
+    monkeypatch.setattr(segmenter_module, "_check_image", no_pixel_alone)
     files = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
     for file in files:
         cv2.imwrite(str(file), frame[..., ::-1])
     files[1].write_text("no picture")
+    files.append(tmp_path / "tiny.png")
+    cv2.imwrite(str(files[3]), frame[:1, :1])
     words = [
         "segment",
         *map(str, files),
@@ -315,7 +330,8 @@ def test_a_picture_that_cannot_be_read_costs_itself(
         str(tmp_path / "o"),
     ]
     assert main([*words, "--entropy-threshold", "auto", "--scale", "0.25"]) == 2
-    assert "cannot decode" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "cannot decode" in said and f"{files[3]}: the dense segmenter" in said
     assert {file.name for file in (tmp_path / "o").glob("*_mask.png")} == {"a_mask.png", "c_mask.png"}
     low = Segmenter(Bundle.load(tiny_bundle), "cpu", scale=0.25).segment([frame])[0]
     np.testing.assert_array_equal(cv2.imread(str(tmp_path / "o" / "a_mask.png"), cv2.IMREAD_UNCHANGED), low.mask)

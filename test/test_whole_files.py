@@ -127,6 +127,7 @@ def test_export_and_import(tmp_path: Path, tiny_bundle: Path, capsys: pytest.Cap
     words += ["--models", str(tmp_path), "--native-size", "64", "96"]
     copy = tmp_path / "copy"
     (copy / "README.md").mkdir(parents=True)  # what cannot be replaced by the card
+    (copy / "import.txt").touch()  # of an import that was cut off
     assert main(words) == 2
     assert not (copy / "model.yaml").exists()  # no bundle yet: the same command may be given again
     (copy / "README.md").rmdir()

@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
         raise ParameterError(f"--scale {args.scale} is out of range; give a number above 0 and at most 1")
     if Path(args.name).name != args.name or args.name in ("", ".."):
         raise ParameterError(f"--name {args.name!r} must be a plain folder name; --models says where it goes")
+    if args.classes not in CLASS_LISTS and not Path(args.classes).exists():
+        raise ParameterError(f"--classes {args.classes}: no such list; give {', '.join(CLASS_LISTS)} or a YAML file")
     classes = CLASS_LISTS[args.classes] if args.classes in CLASS_LISTS else read_classes(Path(args.classes))
     height, width = args.native_size
     bundle = import_checkpoint(

@@ -12,12 +12,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import numpy as np
+
     from sparserefine_ros.segmenter.bundle import Bundle, find_bundle
     from sparserefine_ros.segmenter.bundle_files import rehash
+    from sparserefine_ros.segmenter.segmenter import Segmenter
 
     path = find_bundle(args.model)
     changed = rehash(path)
-    Bundle.load(path)
+    bundle = Bundle.load(path)
+    # What does not fit, or does not run, is told now and not by the node.
+    Segmenter(bundle, "cpu").segment([np.zeros((*bundle.native_size, 3), np.uint8)])
     said = f"new sha256 of {', '.join(changed)}" if changed else "every sha256 is right"
     print(f"{path / 'model.yaml'}: {said}")
     return 0

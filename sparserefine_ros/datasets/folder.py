@@ -78,5 +78,7 @@ def read_classes(file: Path) -> ClassList:
     """The class list that a YAML file gives as name, names and palette; DatasetError where it does not."""
     try:
         return ClassList.from_data(load_yaml(file))
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except OSError as error:
+        raise DatasetError(f"cannot read {file}: {error.strerror}; it must give name, names and palette") from error
+    except (KeyError, TypeError, ValueError) as error:
         raise DatasetError(f"cannot use {file}: {error!r}; it must give name, names and palette") from error
