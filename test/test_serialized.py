@@ -277,7 +277,8 @@ def interrupt(*_):
     raise Interrupted
 rclpy.init(domain_id=int(sys.argv[1]))
 node = Node("interrupted")
-publisher, subscription = node.create_publisher(Image, "t", 5), node.create_subscription(Image, "t", print, 5, raw=True)
+publisher = node.create_publisher(Image, "t", 5)
+subscription = node.create_subscription(Image, "t", lambda message: None, 5, raw=True)
 while not publisher.get_subscription_count():
     time.sleep(0.01)
 message = np.random.default_rng(0).integers(0, 256, 6 << 20, np.uint8).tobytes()
