@@ -92,7 +92,8 @@ def markdown(table: dict[str, Any]) -> str:
         "",
         f"{table['bundle']}, {table['frames']} frames of {width}x{height}, threshold {table['threshold']:.4f} nats, "
         f"{table['device']} with {table['threads']} threads, {table['precision']}, torch {table['torch']}; medians of "
-        f"one interleaved run after {WARM_UP} frames, from camera pixels to mask.",
+        f"one interleaved run after {WARM_UP} frames, from camera pixels to mask; a ratio is the median of each frame's "
+        "own ratio.",
     ]
     return "\n".join(lines)
 
