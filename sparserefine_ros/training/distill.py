@@ -29,6 +29,7 @@ from sparserefine_ros.datasets.base import Sample, digest
 from sparserefine_ros.errors import TrainingError
 from sparserefine_ros.evaluation.calibration import DensityRecall, density_recall, draw, four_digits
 from sparserefine_ros.evaluation.compare import HR, LR
+from sparserefine_ros.evaluation.compare import frames as in_words
 from sparserefine_ros.networks.bilateral import BilateralRefiner
 from sparserefine_ros.networks.registry import REFINERS, build
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
@@ -186,7 +187,7 @@ def summary(table: dict[str, Any]) -> str:
     refined = next(row for name, row in rows.items() if name not in (HR, LR))
     before, after = rows[LR]["agreement"], refined["agreement"]
     lines = [
-        f"{table['frames']} held-out frames, {refined['density']:.1%} of the pixels refined",
+        f"{in_words(table['frames'], 'held-out frame')}, {refined['density']:.1%} of the pixels refined",
         f"agreement with full resolution: {before:.2%} at low resolution, {after:.2%} refined; "
         + (f"{gap_closed(before, after):.0%} of the gap closed" if before < 1 else "there is no gap to close"),
     ]
@@ -202,7 +203,8 @@ def _calibrate(
 ) -> tuple[Bundle, DensityRecall]:
     """``bundle`` with the threshold that selects ``recall`` of the pixels where LR and HR disagree; and the curve."""
     step = -(-len(taught) // CALIBRATION_FRAMES)
-    curve = density_recall(Segmenter(bundle, str(device), refine=False), taught[::step])
+    measured = track(taught[::step], description="measuring density and recall")
+    curve = density_recall(Segmenter(bundle, str(device), refine=False), measured)
     threshold = four_digits(curve.threshold_for(recall))
     figures = {name: round(value, 4) for name, value in curve.at(threshold).items()}
     calibration = {"target_recall": recall, "threshold": threshold, "labels": "full-resolution prediction", **figures}
