@@ -36,6 +36,7 @@ from sparserefine_ros.segmenter.bundle import Bundle, save_network
 from sparserefine_ros.segmenter.bundle_files import read_model_yaml
 from sparserefine_ros.segmenter.segmenter import Segmenter
 from sparserefine_ros.training.bundle import copy_dense, stage_summary, weights_digest
+from sparserefine_ros.training.card import write_distilled_card
 from sparserefine_ros.training.curves import draw_curves
 from sparserefine_ros.training.ensembler import EnsemblerTask
 from sparserefine_ros.training.frames import split_blocks
@@ -108,7 +109,7 @@ def distill(
     if (folder / "model.yaml").exists() and not _is_distilled(folder):
         raise TrainingError(f"{folder} holds a bundle that was not distilled; remove it or give another --output")
     train_at, held_at = split_blocks(len(frames))
-    bundle = replace(bundle, refiner=None)
+    source, bundle = bundle, replace(bundle, refiner=None)
     if recipe:
         _claim(runs, bundle, frames, recall, seed)
 
@@ -132,6 +133,7 @@ def distill(
     bundle = replace(bundle, refiner=spec, provenance={**bundle.provenance, "distilled": facts})
     bundle.save()
     draw(curve, bundle.entropy_threshold, f"{bundle.name}: where LR and HR disagree", folder / "density_recall.png")
+    write_distilled_card(bundle, source)
     return bundle, [frames[i] for i in held_at]
 
 
