@@ -14,7 +14,7 @@ from typing import Any
 
 from ament_index_python.packages import PackageNotFoundError, get_package_prefix
 from launch import LaunchContext, LaunchDescription, LaunchDescriptionEntity
-from launch.actions import DeclareLaunchArgument, OpaqueFunction, SetEnvironmentVariable
+from launch.actions import DeclareLaunchArgument, LogInfo, OpaqueFunction, SetEnvironmentVariable
 from launch.conditions import IfCondition
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
@@ -22,6 +22,7 @@ from launch_ros.parameter_descriptions import ParameterFile, ParameterValue
 
 from sparserefine_ros.node.memory import huge_pages_env
 from sparserefine_ros.node.parameters import PARAMETERS
+from sparserefine_ros.node.sources import RESULTS, shown
 from sparserefine_ros.node.transport import config_file, profile_env
 
 BOOLEANS = ["true", "false"]
@@ -101,8 +102,16 @@ def generate_launch_description() -> LaunchDescription:
             output="screen",
             respawn=False,
         )
-        # The shipped configuration has absolute topic names; the remappings lead them to this node's.
+        # The shipped configuration has absolute topic names; the remappings lead them to this node's, of several
+        # cameras to those of the first that is known by name.
         base = "/" + namespace.strip("/") if namespace.strip("/") else ""
+
+        def full(topic: str) -> str:
+            return topic if topic.startswith("/") else f"{base}/{topic}"
+
+        camera = shown(context.launch_configurations)
+        source, results = (camera.image, camera.results) if camera else (image, RESULTS)
+        seen = {"image": image, **dict(reversed(pairs))}.get(source, source)  # of two pairs the first counts
         topics = ("mask", "color", "overlay")
         rviz = Node(
             package="rviz2",
@@ -110,12 +119,17 @@ def generate_launch_description() -> LaunchDescription:
             name="segment_rviz",
             arguments=["-d", str(config_file("segment.rviz"))],
             remappings=[
-                ("/image", image if image.startswith("/") else f"{base}/{image}"),
-                *((f"/segmentation/{topic}", f"{base}/segmentation/{topic}") for topic in topics),
+                ("/image", full(seen)),
+                *((f"/segmentation/{topic}", full(f"{results}/{topic}")) for topic in topics),
             ],
             condition=IfCondition(LaunchConfiguration("rviz")),
         )
-        return [segment, rviz]
+        pick = LogInfo(
+            msg="rviz2 cannot know which camera to show, as they are found by a pattern: pick the topic "
+            f"NAMESPACE/{RESULTS}/overlay of one in its display Overlay (ros2 topic list)",
+            condition=IfCondition(LaunchConfiguration("rviz")),
+        )
+        return [segment, rviz, *([] if camera else [pick])]
 
     return LaunchDescription(
         [

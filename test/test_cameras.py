@@ -39,7 +39,7 @@ from sparserefine_ros.node.process import free_domain_id  # noqa: E402
 from sparserefine_ros.node.refusal import Refusal  # noqa: E402
 from sparserefine_ros.node.reports import NodeState  # noqa: E402
 from sparserefine_ros.node.segment_node import SegmentNode  # noqa: E402
-from sparserefine_ros.node.sources import Search, Source, fixed_sources  # noqa: E402
+from sparserefine_ros.node.sources import Search, Source, fixed_sources, shown  # noqa: E402
 from sparserefine_ros.segmenter.segmenter import Segmentation  # noqa: E402
 
 POISON, HUNGRY = 66, 77  # images of these values make the model fail, or run out of memory
@@ -201,6 +201,23 @@ def test_patterns_match_whole_names(patterns, suffix, topics, found) -> None:
     if found == ["camera/a"]:
         [source] = search.sources(graph, KIND)
         assert source == Source("camera/a", "/camera/a/image", "/camera/a/segmentation")
+
+
+@pytest.mark.parametrize(
+    ("cameras", "image"),
+    [
+        ("[]", "image"),
+        ("[front, left]", "front/image"),
+        ("['*/image', left]", "left/image"),
+        ("['*/image']", None),
+        ("[front", "image"),
+        ("[1, 2]", "image"),
+    ],
+)
+def test_one_camera_is_shown(cameras: str, image: str | None) -> None:
+    """What is no list of names is the node's to refuse."""
+    source = shown({"cameras": cameras})
+    assert (source and source.image) == image and (source is None or source.results)
 
 
 def test_two_cameras_may_not_share_their_results(make: Callable[..., Bench]) -> None:

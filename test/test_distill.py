@@ -165,7 +165,23 @@ def test_command_on_a_bag_without_training(bundle: Bundle, tmp_path: Path, capsy
     assert "mIoU: HR dense" in text and "LR + bilateral" in text and "SparseRefine" not in text
     made = Bundle.load(output)
     assert made.refiner is not None and made.refiner.network == "bilateral"
+    card = (output / "README.md").read_text()
+    assert f"| distilled from | bundle scenes, dense weights sha256 `{made.dense.sha256}` |" in card
+    assert "| licence | of the dense weights: none found with the checkpoint" in card
+    assert "bilateral; nothing was trained; the threshold is from 16 frames without labels, 4 held out |" in card
+    assert "bench bundle" not in card, "nobody knows what it was trained on"
     assert 0 < Segmenter(made, "cpu").segment([SCENES[0].image])[0].density < 1
+
+
+def test_the_card_repeats_the_licence_and_replaces_none(bundle: Bundle, tmp_path: Path) -> None:
+    source = replace(bundle, path=Path(shutil.copytree(bundle.path, tmp_path / "source")))
+    (source.path / "README.md").write_text("# scenes\n\n| | |\n|---|---|\n| licence | CC-BY-4.0 (its | link) |\n")
+    card = tmp_path / "made" / "README.md"
+    distill(source, UNLABELLED_SCENES, card.parent, tmp_path / "runs", CPU, None)
+    assert "| licence | CC-BY-4.0 (its | link) |" in card.read_text()
+    card.write_text("mine")
+    distill(source, UNLABELLED_SCENES, card.parent, tmp_path / "runs", CPU, None)
+    assert card.read_text() == "mine"
 
 
 def test_frames_of_bags_and_folders(tmp_path: Path) -> None:

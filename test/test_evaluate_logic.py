@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from sparserefine_ros.commands import evaluate
 from sparserefine_ros.datasets.classes import CAMVID, ClassList
 from sparserefine_ros.datasets.pictures import read_ids, read_rgb
 from sparserefine_ros.evaluation import gallery, picture, replay_metrics, report
@@ -169,6 +171,13 @@ def test_tables_show_the_numbers() -> None:
     text = console.export_text()
     assert "100.00 % over 1 frames" in text and "3 sent, 3 received, 3 processed, 0 dropped" in text
     assert "500.0" in text and "tiny on drive (live)" in text
+
+
+def test_help_lists_the_values_of_the_nodes_parameters() -> None:
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    text = " ".join(parser.format_help().split())
+    assert "(auto, true, false; default: auto)" in text and "(auto, 0.05 to 1; default: auto)" in text
 
 
 def test_brackets_in_names_are_text() -> None:

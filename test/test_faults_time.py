@@ -63,6 +63,7 @@ def test_stamps_backward_and_from_the_future(make: Callable[..., Bench]) -> None
         assert (counts["received"], counts["processed"], counts.get("stale", 0)) == (number, number, stale), stamp
         values = rows(bench.diagnostics()[0])
         assert values["latency_counts_from"].startswith("stamp" if believed else "receipt: stamps are far"), stamp
+        assert ("transport_ms" in values) == believed, "what was not measured is no 0"
         assert 0 <= float(values["latency_ms"]) < 10000 and values["degraded"] == "", stamp
     assert bench.masks[""] == list(range(1, len(steps) + 1))
     assert bench.segmenter.chosen == [0.5] * len(steps), "there was time for the lowest threshold at every frame"
@@ -144,6 +145,33 @@ def test_images_that_are_lost_are_told_with_a_remedy(make: Callable[..., Bench])
     assert said == [f"{its.image_topic}: {front.message}"]
     bench.node._rmw = "rmw_cyclonedds_cpp"
     assert bench.diagnostics()[1].message == "90 % of the images are lost before they arrive" and len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("lost", "advice"),
+    [
+        (None, True),  # no message has come that bore a number: all may be lost
+        (3, True),
+        (0, False),  # a slow camera, or one that stopped
+    ],
+)
+def test_a_publisher_that_sends_nothing_needs_no_profile(
+    make: Callable[..., Bench], lost: int | None, advice: bool
+) -> None:
+    bench = make(cameras=["front"]).start()
+    (its,) = bench.node.cameras
+    its.publishers = lambda: 1
+    its.arrivals._silence_s = 0.1
+    bench.node._qos.lost = lambda subscription: lost
+    bench.node._rmw, bench.node._lossy = "rmw_fastrtps_cpp", False
+    if lost is not None:
+        bench.feed("front", 3)
+        bench.settled()
+    time.sleep(0.15)
+    _, front = bench.diagnostics()
+    assert front.level == WARN and front.message.startswith("no image for ")
+    assert ("FASTDDS_" in front.message) == advice
+    assert front.message.endswith("it seems to send nothing") != advice
 
 
 def test_a_model_that_hangs_is_told(make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:

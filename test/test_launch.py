@@ -53,6 +53,39 @@ def test_arguments_are_those_of_the_table() -> None:
         assert len(arguments[name].description) > 20
 
 
+@pytest.mark.parametrize(
+    ("given", "image", "results"),
+    [
+        ({"image": "/camera/image_raw", "namespace": "robot"}, "/camera/image_raw", "/robot/segmentation"),
+        ({"image": "cam"}, "/cam", "/segmentation"),
+        ({"cameras": "[front, left]", "namespace": "/robot/"}, "/robot/front/image", "/robot/front/segmentation"),
+        ({"cameras": "[front]", "remappings": "front/image:=/cam0"}, "/cam0", "/front/segmentation"),
+        ({"cameras": "['/a/*/image', '/b/c/image']"}, "/b/c/image", "/b/c/segmentation"),
+        ({"cameras": "['/a/*/image']"}, None, None),
+    ],
+)
+def test_rviz_shows_the_first_camera(given: dict[str, str], image: str | None, results: str | None) -> None:
+    pytest.importorskip("launch_ros")
+    from launch import LaunchContext
+    from launch.actions import LogInfo
+    from launch_ros.actions import Node
+
+    context, started = LaunchContext(), []
+    context.launch_configurations.update({**given, "rviz": "true"})
+    for entity in description().entities:
+        started += entity.visit(context) or []
+    said = [action for action in started if isinstance(action, LogInfo)]
+    if image is None:
+        assert len(said) == 1 and "pick the topic NAMESPACE/segmentation/overlay" in said[0].msg[0].text
+        return
+    assert not said
+    _, rviz = (action for action in started if isinstance(action, Node))
+    rviz._perform_substitutions(context)
+    assert dict(rviz.expanded_remapping_rules) == {
+        "/image": image, **{f"/segmentation/{topic}": f"{results}/{topic}" for topic in ("mask", "color", "overlay")}
+    }  # fmt: skip
+
+
 def launch(log: Path, domain: int, *arguments: str) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "ROS_DOMAIN_ID": str(domain), "OVERRIDE_LAUNCH_PROCESS_OUTPUT": "screen"}
     command = [sys.executable, "-c", LAUNCH, str(FILE), *arguments]

@@ -141,10 +141,14 @@ def test_a_refiners_work_is_told_by_frames_that_have_some(tiny_bundle: Path) -> 
     assert work[0] > 0 and work[1] == pytest.approx(work[0]) and np.isnan(work[2])
 
 
-def test_calibration_is_written_into_the_bundle(tiny_bundle: Path, tmp_path: Path, samples: list[Sample]) -> None:
+def test_calibration_is_written_into_the_bundle(
+    tiny_bundle: Path, tmp_path: Path, samples: list[Sample], capsys: pytest.CaptureFixture[str]
+) -> None:
     path = Path(shutil.copytree(tiny_bundle, tmp_path / "tiny"))
     before = Bundle.load(path).entropy_threshold
     calibrate_bundle(Bundle.load(path), samples, recall=0.5, device="cpu")
+    said = capsys.readouterr().out  # both take minutes on many frames
+    assert "fitting the temperature" in said and "measuring density and recall" in said
     bundle = Bundle.load(path)
     assert bundle.temperature == 1.0, "a refiner that learnt behind another temperature must not see this one"
     assert bundle.entropy_threshold == bundle.calibration["threshold"] != before
@@ -296,4 +300,4 @@ def test_what_was_not_measured_is_a_dash(tiny_bundle: Path, samples: list[Sample
     text = markdown(table)
     [row] = [line for line in text.splitlines() if line.startswith(f"| {LR} |")]
     assert row.startswith(f"| {LR} | – | ") and row.endswith(" | – | – |")
-    assert "nan" not in text and "after 3 frames" in text
+    assert "nan" not in text and "after 3 frames" in text and '"as HR": share' in text and " 1 frame of " in text

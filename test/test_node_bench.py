@@ -38,6 +38,7 @@ def test_bench_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"overhead's p50 is as long as {copies:.1f} copies" in said
     assert f"| overhead | {result['overhead_ms']['p50']:.2f} |" in said and "96x64 rgb8 at 20 Hz" in said
     assert result["cores"] == cores_of(split=False)
+    assert result["memory"]["rss_mb_per_hour"] is None and "an hour" not in said and "Second half of the run: " in said
 
 
 def test_bench_node_of_several_cameras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,6 +129,8 @@ def test_resources_are_this_process_own_and_slopes_are_per_hour() -> None:
     report = grown.report()
     assert report["rss_mb_per_hour"] == pytest.approx(36) and report["handles_per_hour"] == pytest.approx(0, abs=1e-9)
     assert report["rss_mb_first_last"] == [pytest.approx(100.5), pytest.approx(100.99)]
+    short = Resources(0, [float(s) for s in range(40)], [100 + 0.01 * s for s in range(40)], [5] * 40, [3] * 40)
+    assert short.report()["rss_mb_per_hour"] is None and short.report()["rss_mb_first_last"][0] == pytest.approx(100.2)
 
 
 def test_simulated_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -355,8 +356,6 @@ def camvid(tmp_path: Path) -> Path:
 def test_one_command_trains_one_step_and_writes_all(
     bundle: Bundle, camvid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     model = Path(shutil.copytree(bundle.path, tmp_path / "tiny"))
     replace(bundle, path=model).save()
     out, runs = tmp_path / "out", tmp_path / "runs"
@@ -398,6 +397,21 @@ def test_one_command_trains_one_step_and_writes_all(
     capsys.readouterr()
     assert main([*arguments[:-1], "0"]) == 2
     assert "--threads is 0; give 1 or more" in capsys.readouterr().err
+
+
+def test_a_study_of_a_part_of_the_frames_replaces_none_of_all(
+    bundle: Bundle, camvid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace(bundle, path=Path(shutil.copytree(bundle.path, tmp_path / "tiny"))).save()
+    monkeypatch.chdir(tmp_path)
+    words = ["study", "threshold", "--model", str(tmp_path / "tiny"), "--data", str(camvid), "--device", "cpu"]
+    assert main([*words, "--frames", "1"]) == 2
+    assert "say with --out where it shall go" in capsys.readouterr().err and not Path("docs").exists()
+    assert main([*words, "--frames", "1", "--out", "part"]) == 0
+    assert (
+        "sparserefine study threshold --model tiny --data PATH_TO_DATA --frames 1 --out FOLDER"
+        in (tmp_path / "part" / "threshold.md").read_text()
+    )
 
 
 def test_a_bundle_without_a_trained_refiner_has_no_recipe(bundle: Bundle) -> None:

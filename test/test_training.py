@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import disk_with
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -257,10 +258,62 @@ def test_a_whole_bundle_learns_the_scene(tmp_path: Path, monkeypatch: pytest.Mon
     assert bundle.provenance["ensembler"]["network"] == "gated"
     for name in ("dense_training.png", "native_training.png", "refiner_training.png", "density_recall.png"):
         assert (tmp_path / "model" / name).stat().st_size > 5_000
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert card.startswith(f"# {bundle.name}\n") and "| trained from | recipe `scene`, seed 0 |" in card
+    assert "| data | kind camvid; frames: 8 train, 8 val |" in card
+    assert f"`sparserefine bench bundle {bundle.name} --card`" in card
     corrected = [sample._replace(label=np.where(sample.label == 3, 4, sample.label)) for sample in SCENES]
     monkeypatch.setattr(bundle_module, "load_split", lambda *_: (CAMVID, corrected))
     with pytest.raises(TrainingError, match=r"dense.ckpt was written by another run, with labels .*remove it"):
         bundle_module.train_bundle(recipe, None, tmp_path / "runs", tmp_path / "model", CPU)
+
+
+def test_train_on_a_folder_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the command line, three classes; then what its bundle is measured on must have the same."""
+    root, recipe = tmp_path / "yard", tmp_path / "yard.yaml"
+    ids = np.full(256, UNLABELLED, np.uint8)
+    ids[[0, 3, 8]] = 0, 1, 2
+    for i, sample in enumerate(SCENES):
+        for kind, pixels in (("image", sample.image[..., ::-1]), ("label", ids[sample.label])):
+            file = root / ("train" if i < 6 else "val") / kind / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if i != 5 or kind == "image":  # frames without a label are left out
+                cv2.imwrite(str(file), pixels)
+    classes = {"name": "yard", "names": ["sky", "ground", "box"], "palette": [[0, 0, 255], [90, 90, 90], [255, 0, 0]]}
+    (root / "classes.yaml").write_text(yaml.safe_dump(classes))
+    stage = {"epochs": 1, "batch": 2, "crop": [24, 32], "scale": [0.5, 1.0]}
+    tiny = {"channels": [8, 16], "stride": "floor", "blocks": 1}
+    stages = {
+        "dense": {"network": "compact", "args": TINY.args, **stage},
+        "refiner": {"network": "sparserefine", "args": tiny, **stage},
+    }
+    recipe.write_text(json.dumps({"name": "yard", "dataset": {"kind": "folder"}, "scale": 0.5, **stages}))
+    monkeypatch.chdir(tmp_path)
+    words = ["train", str(recipe), "--device", "cpu", "--threads", "1"]
+    assert main(words) == 2
+    assert "with classes.yaml, train/ and val/ with --data" in capsys.readouterr().err
+    assert main([*words, "--data", str(root)]) == 0
+    bundle = Bundle.load("models/yard")
+    assert bundle.classes.names == ("sky", "ground", "box") and bundle.refiner is not None
+    assert bundle.provenance["frames"] == {"train": 5, "val": 2}
+    assert bundle.provenance["dataset"] == {"kind": "folder", "classes": ["sky", "ground", "box"]}
+    measure = ["bench", "bundle", "models/yard", "--data", str(root), "--device", "cpu", "--card"]
+    assert main(measure) == 0
+    assert "2 frames of 64x48" in Path("models/yard/README.md").read_text()
+    (root / "classes.yaml").write_text(yaml.safe_dump({**classes, "names": ["ground", "sky", "box"]}))
+    capsys.readouterr()
+    assert main(measure) == 2 and "ids must mean the same" in capsys.readouterr().err
+    with pytest.raises(TrainingError, match="written by another run, with dataset"):
+        bundle_module.train_bundle(Recipe.load(recipe), root, tmp_path / "runs" / "yard", bundle.path, CPU)
+    for sample in (root / "val" / "label").iterdir():
+        sample.unlink()
+    with pytest.raises(DatasetError, match="no frame in .*val has a label"):
+        load_split({"kind": "folder"}, "val", root)
+    (root / "train").rename(root / "image")
+    with pytest.raises(DatasetError, match="train has no folder image"):
+        load_split({"kind": "folder"}, "refiner", root)
 
 
 def test_an_ensembler_learns_while_the_branch_stays() -> None:

@@ -42,6 +42,7 @@ SCALE = 0.0625  # of the dense segmenter's input: a sixteenth of the width
 WARMUP_S = 1.0  # left out of the figures
 COPIED = 200_000_000  # bytes, several times what caches hold: its frames are copied to know what a copy takes
 EVERY_S = 1.0  # between two looks at memory and handles
+LONG_S = 60.0  # of a shorter run a growth in an hour says nothing: buffers still come to have their size
 
 
 @dataclass
@@ -67,15 +68,16 @@ class Resources:
         self.handles.append(len(os.listdir(f"/proc/{self.pid}/fd")))
 
     def report(self) -> dict[str, Any]:
-        """The series, and their slopes over the second half, when buffers have their size."""
+        """The series, and their slopes over the second half, when buffers have their size; None for a short run."""
         half = len(self.seconds) // 2
+        long = len(self.seconds) > 4 and self.seconds[-1] - self.seconds[0] >= LONG_S - EVERY_S
         hours = np.asarray(self.seconds[half:]) / 3600
         result: dict[str, Any] = {
             "every_s": EVERY_S, "rss_mb": [round(mb, 2) for mb in self.rss_mb], "handles": self.handles,
             "threads": self.threads,
         }  # fmt: skip
         for name, series in (("rss_mb", self.rss_mb), ("handles", self.handles)):
-            slope = float(np.polyfit(hours, series[half:], 1)[0]) if len(hours) > 2 else None
+            slope = float(np.polyfit(hours, series[half:], 1)[0]) if long else None
             result[f"{name}_per_hour"] = slope
             result[f"{name}_first_last"] = [series[half], series[-1]] if series else None
         return result
@@ -145,7 +147,7 @@ def measure(
         "segmenter_ms": _percentiles({s: t["segment_ms"] for s, t in told.items()}),
         "decode_ms": _percentiles({s: t["decode_ms"] for s, t in told.items()}),
         "publish_ms": _percentiles({s: t["publish_ms"] for s, t in told.items()}),
-        "transport_ms": _percentiles({s: t["transport_ms"] for s, t in told.items()}),
+        "transport_ms": _percentiles({s: t["transport_ms"] for s, t in told.items() if "transport_ms" in t}),
         "wait_ms": _percentiles({s: t["wait_ms"] for s, t in told.items()}),
         "copy_ms": copy_ms(len(frames[0])),
         "rate_hz": (len(masks) - 1) / span_s if span_s else 0.0,
@@ -224,11 +226,12 @@ def markdown(result: dict[str, Any]) -> str:
             f"To copy a frame that no cache holds takes {result['copy_ms']:.2f} ms here: overhead's p50 is as long as "
             f"{result['overhead_ms']['p50'] / result['copy_ms']:.1f} copies."
         )
-    if memory["rss_mb_per_hour"] is not None:
+    if memory["rss_mb_first_last"] is not None:
+        rates = {name: memory[f"{name}_per_hour"] for name in ("rss_mb", "handles")}
+        megabytes, handles = ("" if rate is None else f" ({rate:+.1f} an hour)" for rate in rates.values())
         lines.append(
-            f"Second half of the run: {memory['rss_mb_first_last'][0]:.1f} to {memory['rss_mb_first_last'][1]:.1f} MB "
-            f"({memory['rss_mb_per_hour']:+.1f} MB an hour), {memory['handles_first_last'][0]} to "
-            f"{memory['handles_first_last'][1]} handles ({memory['handles_per_hour']:+.1f} an hour)."
+            f"Second half of the run: {memory['rss_mb_first_last'][0]:.1f} to {memory['rss_mb_first_last'][1]:.1f} MB"
+            f"{megabytes}, {memory['handles_first_last'][0]} to {memory['handles_first_last'][1]} handles{handles}."
         )
     if "by_camera" in result:
         lines.append("\n" + node_cameras.markdown(result["by_camera"]))

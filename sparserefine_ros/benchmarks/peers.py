@@ -14,7 +14,7 @@ from typing import Any
 
 from sparserefine_ros.datasets.base import Sample
 from sparserefine_ros.errors import ParameterError
-from sparserefine_ros.evaluation.compare import HR, LR, REFINED, WARM_UP, compare_segmenters, figure
+from sparserefine_ros.evaluation.compare import HR, LR, REFINED, WARM_UP, compare_segmenters, figure, frames
 from sparserefine_ros.networks.registry import REFINERS, build
 from sparserefine_ros.segmenter.bundle import Bundle, NetworkSpec, save_network
 from sparserefine_ros.segmenter.segmenter import Segmenter
@@ -90,9 +90,10 @@ def markdown(table: dict[str, Any]) -> str:
     height, width = table["size"]
     lines += [
         "",
-        f"{table['bundle']}, {table['frames']} frames of {width}x{height}, threshold {table['threshold']:.4f} nats, "
+        f"{table['bundle']}, {frames(table['frames'])} of {width}x{height}, threshold {table['threshold']:.4f} nats, "
         f"{table['device']} with {table['threads']} threads, {table['precision']}, torch {table['torch']}; medians of "
-        f"one interleaved run after {WARM_UP} frames, from camera pixels to mask.",
+        f"one interleaved run after {WARM_UP} frames, from camera pixels to mask; a ratio is the median of each "
+        "frame's own ratio.",
     ]
     return "\n".join(lines)
 

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in SEGMENTER_PARAMETERS:
         parameter = BY_NAME[name]
         # argparse reads % as its own
-        text = f"{parameter.description} (default: {parameter.default})".replace("%", "%%")
+        text = f"{parameter.description} ({parameter.values}; default: {parameter.default})".replace("%", "%%")
         group.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=text)
     output = parser.add_argument_group("output")
     output.add_argument(

@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=parse_path, help="folder of the data set the bundle was trained on, where it needs one"
     )
-    parser.add_argument("--frames", type=int, metavar="N", help="validate on N frames, evenly spaced (default: all)")
+    parser.add_argument(
+        "--frames", type=int, metavar="N", help="validate on N frames, evenly spaced (default: all); needs --out"
+    )
     parser.add_argument(
         "--epochs", type=int, default=EPOCHS, help="of each training, over the training frames (default: %(default)s)"
     )
@@ -61,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ParameterError(f"--{name} is {value}; give 1 or more")
+    if args.frames and not args.out:  # what lies in docs/studies, on all frames, would be replaced
+        raise ParameterError("--frames makes a study of a part of the frames; say with --out where it shall go")
     cv2.setNumThreads(1)  # batches are drawn in a pool of threads already
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -83,7 +87,7 @@ def command(name: str, args: argparse.Namespace) -> str:
     if args.data:
         parts.append("--data PATH_TO_DATA")
     if args.frames:
-        parts.append(f"--frames {args.frames}")
+        parts.append(f"--frames {args.frames} --out FOLDER")
     if args.epochs != EPOCHS:
         parts.append(f"--epochs {args.epochs}")
     if args.threads:

@@ -3,6 +3,9 @@
 dataset: {kind: camvid}                        with the folder of CamVid given on the command line
 dataset: {kind: street, train_drives: 40, val_drives: 8, frames: 5, size: [1024, 2048]}
                                                refiner_drives: 40 adds drives for the refiner alone
+dataset: {kind: folder}                        frames of one's own: a folder with classes.yaml, train/ and val/, each
+                                               with image/ and label/ as `datasets.folder` has them, given on the
+                                               command line; bundles add classes: [their names]
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ def load_split(dataset: Mapping[str, Any], split: str, root: Path | None) -> Spl
     spare, so that the refiner meets the mistakes it will meet later; otherwise those of "train".
     """
     kind = dataset.get("kind")
-    readers: dict[Any, Callable[[Mapping[str, Any], str, Path | None], Split]] = {"camvid": _camvid, "street": _street}
+    readers: dict[Any, Callable[[Mapping[str, Any], str, Path | None], Split]] = {
+        "camvid": _camvid, "street": _street, "folder": _folder
+    }  # fmt: skip
     if not dataset:
         raise DatasetError(
             "the bundle does not say what data set it was trained on, as an imported one cannot; this is measured on "
@@ -48,6 +53,27 @@ def _camvid(dataset: Mapping[str, Any], split: str, root: Path | None) -> Split:
         raise DatasetError("this needs CamVid: give the folder that holds train/ and val/ with --data")
     split = "train" if split == "refiner" else split
     return CAMVID, _read([CamVid(root, split)], 1, f"reading CamVid {split}")
+
+
+def _folder(dataset: Mapping[str, Any], split: str, root: Path | None) -> Split:
+    from sparserefine_ros.datasets.folder import Folder
+
+    if root is None:
+        raise DatasetError("this needs labelled frames: give the folder with classes.yaml, train/ and val/ with --data")
+    split = "train" if split == "refiner" else split
+    if not (root / split / "image").is_dir():  # where there is none, `Folder` would take those of the root for both
+        raise DatasetError(f"{root / split} has no folder image; put frames of that split there, labels into label")
+    source = Folder(root, split)
+    names = list(source.classes.names)
+    if dataset.get("classes", names) != names:
+        raise DatasetError(
+            f"{root / 'classes.yaml'} names {', '.join(names)}, but the bundle was trained on "
+            f"{', '.join(map(str, dataset['classes']))}; ids must mean the same"
+        )
+    frames = _read([source], 1, f"reading {root.name} {split}")
+    if not (labelled := [frame for frame in frames if frame.label is not None]):
+        raise DatasetError(f"no frame in {root / split} has a label; put PNG files of class ids into label")
+    return source.classes, labelled
 
 
 def _street(dataset: Mapping[str, Any], split: str, root: Path | None) -> Split:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from rich.progress import track
 
 from sparserefine_ros.datasets.base import UNLABELLED, Sample
 from sparserefine_ros.evaluation import files
@@ -117,13 +118,13 @@ def calibrate_bundle(bundle: Bundle, samples: Sequence[Sample], recall: float, d
     A bundle with a refiner keeps its temperature, since the refiner learnt behind it.
     """
     plain = Segmenter(replace(bundle, temperature=1.0), device, refine=False)
-    logits, labels = sample_logits(plain, samples)
+    logits, labels = sample_logits(plain, track(samples, description="fitting the temperature"))
     temperature = bundle.temperature if bundle.refiner else round(fit_temperature(logits, labels), 4)
     after = reliability(logits / temperature, labels)
     before = {f"{name}_at_temperature_1": value for name, value in reliability(logits, labels).items()}
     bundle = replace(bundle, temperature=temperature)
     segmenter = Segmenter(bundle, device, refine=False)
-    curve = density_recall(segmenter, samples)
+    curve = density_recall(segmenter, track(samples, description="measuring density and recall"))
     threshold = four_digits(curve.threshold_for(recall))
     figures = {name: round(value, 4) for name, value in curve.at(threshold).items()}
     calibrated = replace(

@@ -146,7 +146,7 @@ def markdown(table: dict[str, Any]) -> str:
     lines += [
         "",
         '"as HR": share of the pixels with the class that HR dense gives. '
-        f"{table['frames']} frames of {width}x{height}, threshold {table['threshold']:.4f} nats, {table['device']} "
+        f"{frames(table['frames'])} of {width}x{height}, threshold {table['threshold']:.4f} nats, {table['device']} "
         f"with {table['threads']} threads, {table['precision']}, torch {table['torch']}. Times are medians of one "
         f"interleaved run after {WARM_UP} frames, from camera pixels to mask; a ratio is the median of each "
         "frame's own ratio.",
@@ -157,6 +157,11 @@ def markdown(table: dict[str, Any]) -> str:
 def figure(value: float, digits: int = 2) -> str:
     """A number for a table; a dash for nan, as where no frame was left to be timed, or none had labels."""
     return "–" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def frames(count: int, kind: str = "frame") -> str:
+    """So many of them, in words."""
+    return f"{count} {kind}" + "s" * (count != 1)
 
 
 def save_json(table: dict[str, Any], file: Path) -> None:

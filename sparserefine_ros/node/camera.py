@@ -116,7 +116,11 @@ class Camera:
         publishers = self.publishers()
         now, unanswered, counts = time.monotonic(), self._unanswered, self.counters.values()
         complaint = self.arrivals.complaint(now, publishers, self._started)
-        if complaint and remedy:
+        lost = self._qos.lost(self._subscription)
+        if complaint and lost == 0 and self.arrivals.silent_s(now, self._started) is not None:
+            # Its numbers are known and not one is missing. Of a camera all of whose images are lost there are none.
+            complaint += "; none was lost before, so that it seems to send nothing"
+        elif complaint and remedy:
             complaint += f"; {remedy}"
         trouble = complaint
         if publishers and not trouble and unanswered is not None and now - unanswered > PATIENCE_S:
@@ -128,7 +132,6 @@ class Camera:
             level, message = "warn", disabled
         self._counted = counts
         values: dict[str, object] = {"image_topic": self.image_topic, "publishers": publishers}
-        lost = self._qos.lost(self._subscription)
         values |= counts | {"waiting": waiting, "lost": "unknown" if lost is None else lost}
         values["loss"] = f"{self.arrivals.loss():.2f}"
         values["latency_counts_from"] = "stamp" if self.stamps_believed else f"receipt: {DISBELIEF}"

@@ -8,8 +8,10 @@ its results below `front/segmentation`; a topic (`/camera/front/image_raw`) puts
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from sparserefine_ros.untrusted import parse_yaml
 
 RESULTS = "segmentation"
 
@@ -43,6 +45,16 @@ def of_topic(topic: str) -> Source:
     """The camera of an absolute image topic."""
     namespace = topic.rpartition("/")[0]
     return Source(namespace.strip("/") or topic.strip("/"), topic, f"{namespace}/{RESULTS}")
+
+
+def shown(configurations: Mapping[str, str]) -> Source | None:
+    """The camera that one window is for, by the launch arguments: the first that is no pattern; None without such."""
+    try:
+        cameras = parse_yaml(configurations.get("cameras", ""))
+    except ValueError:  # the node says so
+        cameras = None
+    names = [item for item in cameras if isinstance(item, str)] if isinstance(cameras, list) else []
+    return next(iter(fixed_sources(names)), None)
 
 
 class Search:

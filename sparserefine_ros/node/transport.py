@@ -148,12 +148,16 @@ class Arrivals:
             return 0.0
         return max(0.0, 1.0 - len(gaps) * gaps[len(gaps) // 5] / sum(gaps))
 
+    def silent_s(self, now: float, started: float) -> float | None:
+        """For how long no frame has come, where that is too long; a subscription that `started` may wait as long."""
+        silent = now - (started if self._last is None else max(self._last, started))
+        return silent if silent > self._silence_s else None
+
     def complaint(self, now: float, publishers: int, started: float) -> str:
         """What is wrong with the frames' arrival at `now`; empty when nothing is."""
         if publishers == 0:
             return ""
-        silent = now - (started if self._last is None else max(self._last, started))
-        if silent > self._silence_s:
+        if (silent := self.silent_s(now, started)) is not None:
             return f"no image for {silent:.0f} s although {publishers} publisher(s) offer the topic"
         counted = self._counted()
         if counted is not None:

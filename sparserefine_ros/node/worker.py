@@ -242,7 +242,7 @@ class Worker:
             outputs.publish_superpixels(header, shrink(frame.image, size), shrink(ids, size))
         published = time.perf_counter()
         stages = {
-            "transport": frame.receipt.age_s * 1e3,  # from stamp to receipt
+            **({"transport": frame.receipt.age_s * 1e3} if frame.receipt.believed else {}),  # from stamp to receipt
             "wait": (frame.start - frame.receipt.at) * 1e3,
             "decode": (frame.decoded - frame.start) * 1e3,
             **result.stage_ms,

@@ -16,12 +16,14 @@ from torch import nn
 
 from sparserefine_ros import __version__
 from sparserefine_ros.datasets.base import Sample, digest
+from sparserefine_ros.datasets.classes import ClassList
 from sparserefine_ros.datasets.splits import load_split
 from sparserefine_ros.errors import TrainingError
 from sparserefine_ros.evaluation.calibration import calibrate_bundle
 from sparserefine_ros.networks.registry import DENSE, REFINERS, build
 from sparserefine_ros.segmenter.bundle import Bundle, NetworkSpec, save_network
 from sparserefine_ros.segmenter.segmenter import Segmenter
+from sparserefine_ros.training.card import write_trained_card
 from sparserefine_ros.training.curves import draw_curves
 from sparserefine_ros.training.dense import DenseTask
 from sparserefine_ros.training.ensembler import EnsemblerTask
@@ -37,7 +39,7 @@ TASKS: dict[str, type[RefinerTask]] = {"sparserefine": RefinerTask, "pointrend":
 
 
 def train_bundle(recipe: Recipe, data: Path | None, runs: Path, folder: Path, device: torch.device) -> Bundle:
-    """Trains what ``recipe`` describes and writes the bundle into ``folder``.
+    """Trains what ``recipe`` describes and writes the bundle into ``folder``, with a card where there is none.
 
     ``runs`` keeps checkpoints, logs and curves; a second call goes on from there. As in the paper the dense segmenter
     is trained first and stays frozen; its density-recall curve gives the threshold that the refiner is trained at.
@@ -48,9 +50,14 @@ def train_bundle(recipe: Recipe, data: Path | None, runs: Path, folder: Path, de
             f"choose one of {', '.join(TASKS)}"
         )
     classes, val_frames = load_split(recipe.dataset, "val", data)
+    if recipe.dataset.get("kind") == "folder":  # anybody's: what ids mean is kept, to be compared later
+        recipe = replace(recipe, dataset={**recipe.dataset, "classes": list(classes.names)})
     if recipe.refiner:
         _build(REFINERS, recipe, recipe.refiner, len(classes))  # fails now, not after the dense stages
-    bundle = _take(recipe, folder) if recipe.bundle else _train_dense(recipe, data, val_frames, runs, folder, device)
+    if recipe.bundle:
+        bundle = _take(recipe, classes, folder)
+    else:
+        bundle = _train_dense(recipe, data, val_frames, runs, folder, device)
     if recipe.refiner:
         _, refiner_frames = load_split(recipe.dataset, "refiner", data)
         refiner = _build(REFINERS, recipe, recipe.refiner, len(classes))
@@ -73,6 +80,7 @@ def train_bundle(recipe: Recipe, data: Path | None, runs: Path, folder: Path, de
         bundle.save()
     for name in (name for name in STAGES if name != "ensembler" and getattr(recipe, name)):  # its epochs are too few
         draw_curves(runs / f"{name}.jsonl", folder / f"{name}_training.png")
+    write_trained_card(bundle, recipe.name)
     return bundle
 
 
@@ -87,7 +95,7 @@ def copy_dense(bundle: Bundle, folder: Path) -> Bundle:
     return replace(bundle, path=folder, name=folder.name, refiner=None, provenance=kept)
 
 
-def _take(recipe: Recipe, folder: Path) -> Bundle:
+def _take(recipe: Recipe, classes: ClassList, folder: Path) -> Bundle:
     """The dense networks and the threshold of the bundle that ``recipe`` names, as a bundle in ``folder``."""
     assert recipe.bundle
     source = Bundle.load(recipe.bundle)
@@ -98,6 +106,11 @@ def _take(recipe: Recipe, folder: Path) -> Bundle:
         )
     if source.path.resolve() == folder.resolve():
         raise TrainingError(f"the new bundle would replace the one it comes from, {folder}; give another name")
+    if source.classes.names != classes.names:
+        raise TrainingError(
+            f"recipe {recipe.name!r}: the frames have the classes of {classes.name}, bundle {recipe.bundle!r} those of "
+            f"{source.classes.name}; ids must mean the same"
+        )
     bundle = copy_dense(source, folder)
     return replace(bundle, provenance={**bundle.provenance, "bundle": recipe.bundle})
 
@@ -146,7 +159,7 @@ def _train_dense(
 def _origin(recipe: Recipe, frames: Sequence[Sample]) -> dict[str, Any]:
     """What a training on ``frames`` depends on. Labels that were read may have been corrected since; those that are
     rendered come from the data set's description, and may differ by a pixel from machine to machine."""
-    read = recipe.dataset.get("kind") == "camvid"
+    read = recipe.dataset.get("kind") in ("camvid", "folder")
     return {"dataset": recipe.dataset, **({"labels": digest(frame.label for frame in frames)} if read else {})}
 
 

@@ -29,12 +29,14 @@ from sparserefine_ros.datasets.base import Sample, digest
 from sparserefine_ros.errors import TrainingError
 from sparserefine_ros.evaluation.calibration import DensityRecall, density_recall, draw, four_digits
 from sparserefine_ros.evaluation.compare import HR, LR
+from sparserefine_ros.evaluation.compare import frames as in_words
 from sparserefine_ros.networks.bilateral import BilateralRefiner
 from sparserefine_ros.networks.registry import REFINERS, build
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
 from sparserefine_ros.segmenter.bundle_files import read_model_yaml
 from sparserefine_ros.segmenter.segmenter import Segmenter
 from sparserefine_ros.training.bundle import copy_dense, stage_summary, weights_digest
+from sparserefine_ros.training.card import write_distilled_card
 from sparserefine_ros.training.curves import draw_curves
 from sparserefine_ros.training.ensembler import EnsemblerTask
 from sparserefine_ros.training.frames import split_blocks
@@ -107,7 +109,7 @@ def distill(
     if (folder / "model.yaml").exists() and not _is_distilled(folder):
         raise TrainingError(f"{folder} holds a bundle that was not distilled; remove it or give another --output")
     train_at, held_at = split_blocks(len(frames))
-    bundle = replace(bundle, refiner=None)
+    source, bundle = bundle, replace(bundle, refiner=None)
     if recipe:
         _claim(runs, bundle, frames, recall, seed)
 
@@ -131,6 +133,7 @@ def distill(
     bundle = replace(bundle, refiner=spec, provenance={**bundle.provenance, "distilled": facts})
     bundle.save()
     draw(curve, bundle.entropy_threshold, f"{bundle.name}: where LR and HR disagree", folder / "density_recall.png")
+    write_distilled_card(bundle, source)
     return bundle, [frames[i] for i in held_at]
 
 
@@ -186,7 +189,7 @@ def summary(table: dict[str, Any]) -> str:
     refined = next(row for name, row in rows.items() if name not in (HR, LR))
     before, after = rows[LR]["agreement"], refined["agreement"]
     lines = [
-        f"{table['frames']} held-out frames, {refined['density']:.1%} of the pixels refined",
+        f"{in_words(table['frames'], 'held-out frame')}, {refined['density']:.1%} of the pixels refined",
         f"agreement with full resolution: {before:.2%} at low resolution, {after:.2%} refined; "
         + (f"{gap_closed(before, after):.0%} of the gap closed" if before < 1 else "there is no gap to close"),
     ]
@@ -202,7 +205,8 @@ def _calibrate(
 ) -> tuple[Bundle, DensityRecall]:
     """``bundle`` with the threshold that selects ``recall`` of the pixels where LR and HR disagree; and the curve."""
     step = -(-len(taught) // CALIBRATION_FRAMES)
-    curve = density_recall(Segmenter(bundle, str(device), refine=False), taught[::step])
+    measured = track(taught[::step], description="measuring density and recall")
+    curve = density_recall(Segmenter(bundle, str(device), refine=False), measured)
     threshold = four_digits(curve.threshold_for(recall))
     figures = {name: round(value, 4) for name, value in curve.at(threshold).items()}
     calibration = {"target_recall": recall, "threshold": threshold, "labels": "full-resolution prediction", **figures}

@@ -60,7 +60,7 @@ class Recipe:
     """
 
     name: str
-    dataset: dict[str, Any]  # kind: camvid | street, and that reader's arguments
+    dataset: dict[str, Any]  # kind: camvid | street | folder, and that reader's arguments
     scale: float  # low resolution over native resolution
     dense: StageRecipe | None = None
     encoder: str | None = None  # what its encoder starts from: a bundle, or a file of timm's weights for that of timm
