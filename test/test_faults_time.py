@@ -171,7 +171,7 @@ def test_a_publisher_that_sends_nothing_needs_no_profile(
     _, front = bench.diagnostics()
     assert front.level == WARN and front.message.startswith("no image for ")
     assert ("FASTDDS_" in front.message) == advice
-    assert front.message.endswith("it seems to send nothing") != advice
+    assert ("it seems to send nothing" not in front.message) == advice
 
 
 def test_a_model_that_hangs_is_told(make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,9 @@ class Camera:
         lost = self._qos.lost(self._subscription)
         if complaint and lost == 0 and self.arrivals.silent_s(now, self._started) is not None:
             # Its numbers are known and not one is missing. Of a camera all of whose images are lost there are none.
-            complaint += "; none was lost before, so that it seems to send nothing"
+            complaint += (
+                "; none was lost before, so that it seems to send nothing, unless it began anew without the profile"
+            )
         elif complaint and remedy:
             complaint += f"; {remedy}"
         trouble = complaint
