@@ -15,6 +15,7 @@ from sparserefine_ros.benchmarks.paper_models import MODELS, PaperModel
 from sparserefine_ros.benchmarks.pipeline import OUT_OF_MEMORY, Pipeline, Setting, markdown, measure
 from sparserefine_ros.cli import main
 from sparserefine_ros.commands.arguments import parse_size
+from sparserefine_ros.segmenter.refining import refiner_input
 
 TINY = PaperModel("compact", {"widths": [4, 4, 4, 4], "depths": [1, 1, 1]}, 0.25, channels=(4, 6))
 SETTING = Setting((64, 96), warmup=1, repeats=4)
@@ -34,23 +35,24 @@ def test_ways_end_in_class_ids_of_native_size() -> None:
     low = line.network(line.low).argmax(1)
     assert low.shape == (2, 32, 48)
     assert torch.equal(lr, low.repeat_interleave(2, 1).repeat_interleave(2, 2))
-    assert float(line.selected.float().mean()) == pytest.approx(0.25, abs=1e-3)
-    assert not torch.equal(line.selected[0], line.selected[1])
-    assert torch.equal(refined[~line.selected].long(), lr[~line.selected])  # only the selected may change
+    selected = line.seen.selected
+    assert float(selected.float().mean()) == pytest.approx(0.25, abs=1e-3)
+    assert not torch.equal(selected[0], selected[1])
+    assert torch.equal(refined[~selected].long(), lr[~selected])  # only the selected may change
 
 
 @torch.inference_mode()
 def test_refined_pixels_are_the_refiners() -> None:
     line = Pipeline("tiny", SETTING, "fp32", 1)
     refined = line.refined()
-    pyramid = line.refiner.pyramid(line.selected)
+    refiner, selected = line.refining.network, line.seen.selected
+    pyramid = refiner.pyramid(selected)
     sites = pyramid.levels[0]
     batch, row, column = sites.sites.unbind(1)
     initial = line.network(line.low)[batch, :, row // 2, column // 2]
-    fused, line.refiner.fused = line.refiner.fused, None
-    expected = line.refiner(pipeline.refiner_input(sites, line.native), initial, pyramid).ensembled.argmax(1)
-    line.refiner.fused = fused
-    assert (refined[line.selected] == expected).float().mean() > 0.99  # ties aside
+    refiner.fused = None
+    expected = refiner(refiner_input(sites, line.seen.native), initial, pyramid).ensembled.argmax(1)
+    assert (refined[selected] == expected).float().mean() > 0.99  # ties aside
 
 
 def test_table_and_json() -> None:
