@@ -103,9 +103,10 @@ def test_without_a_terminal_it_says_how_far_it_is(
 
 
 def test_the_hint_is_a_command_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bag = tmp_path / "my bag"
+    bag = tmp_path / ("a long name " * 8) / "my bag"
     assert cli.main(["make-bag", str(bag), "--frames", "1", "--size", "32x64"]) == 0
-    hint = capsys.readouterr().out.replace("\n", " ").split("next: sparserefine ")[1]
+    hint = capsys.readouterr().out.split("next: sparserefine ")[1]
+    assert hint.count("\n") == 1
     assert shlex.split(hint) == ["evaluate", str(bag), "--model", "street"]
     assert cli.main([*shlex.split(hint), "--offline"]) == 0
 

@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     kinds = f"{len(source.classes)} classes ({source.classes.name})"
     console.print(f"[bold]{escape(str(args.out))}[/]: {count} frames, {escape(kinds)}")
     model = " --model street" if source.classes.names == CITYSCAPES.names else ""
-    console.print(f"next: sparserefine evaluate {shlex.quote(str(args.out))}{model}", highlight=False, markup=False)
+    hint = f"next: sparserefine evaluate {shlex.quote(str(args.out))}{model}"
+    console.print(hint, highlight=False, markup=False, soft_wrap=True)  # on one line, to be copied
     return 0
 
 
