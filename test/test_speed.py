@@ -261,13 +261,13 @@ def test_a_graph_replays_forms_that_come_again() -> None:
 def test_forms_that_come_are_kept_and_those_that_do_not_give_way() -> None:
     recent: Recent[list[int]] = Recent(list)
     for width in range(FORMS):
-        recent[width].append(width)
+        recent.of(width).append(width)
     for _ in range(AGE // 2 - 1):
-        recent["more"].append(0)  # no room: nobody keeps it
-        assert recent[1] == [1]
+        recent.of("more").append(0)  # no room: nobody keeps it
+        assert recent.of(1) == [1]
     assert list(recent.kept) == [0, 2, 3, 1]
-    recent["late"].append(9)  # 0 has not come for longer than AGE calls
-    assert recent["late"] == [9] and list(recent.kept) == [2, 3, 1, "late"]
+    recent.of("late").append(9)  # 0 has not come for longer than AGE calls
+    assert recent.of("late") == [9] and list(recent.kept) == [2, 3, 1, "late"]
 
 
 def test_where_capture_fails_calls_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

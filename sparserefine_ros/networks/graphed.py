@@ -27,7 +27,7 @@ class Recent(Generic[Known]):
         self.make, self.calls = make, 0
         self.kept: dict[object, tuple[Known, int]] = {}  # with the call that it last came in, which orders them
 
-    def __getitem__(self, form: object) -> Known:
+    def of(self, form: object) -> Known:
         """Nobody keeps it where there is no room, and none whose form has not come for AGE calls."""
         self.calls += 1
         known, _ = self.kept.pop(form, (None, 0))
@@ -58,7 +58,7 @@ class Graphed:
 
     @torch.inference_mode()
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        form = self.forms[x.shape, x.dtype]
+        form = self.forms.of((x.shape, x.dtype))
         if form.replay is None and form.seen and self._captures:
             form.replay = self._capture(x)
         form.seen = True

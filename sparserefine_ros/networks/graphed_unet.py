@@ -69,7 +69,7 @@ class GraphedUNet:
 
         inputs: what ``gather`` takes, on the mask's device.
         """
-        now = self.now = self.forms[tuple((tensor.shape, tensor.dtype) for tensor in (mask, *inputs))]
+        now = self.now = self.forms.of(tuple((tensor.shape, tensor.dtype) for tensor in (mask, *inputs)))
         if now.frame is None and now.capacities is not None and self._captures:
             now.frame = self._capture(now.capacities, mask, inputs)
         if now.frame is not None:
