@@ -229,7 +229,7 @@ def test_other_statistics_of_colours_are_refused(tmp_path: Path) -> None:
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--classes", "camvid", "--name", "mine", "--models", str(tmp_path), "--native-size", "64", "96"]
+    words = ["--classes", "camvid", "--name", "mine", "--models", str(tmp_path), "--native-size", "64x96"]
     assert main(["import", "nvidia/segformer-b0-finetuned-cityscapes-1024-1024", *words]) == 2
     error = capsys.readouterr().err
     assert "no nvidia/segformer-b0-finetuned-cityscapes-1024-1024 here" in error and "add --download" in error

@@ -311,7 +311,7 @@ def test_command_renames_and_segments(
         yaml.safe_dump({"name": "mine", "names": list(CAMVID.names), "palette": [list(c) for c in CAMVID.palette]})
     )
     words = ["import", str(tmp_path / "w.safetensors"), "--name", "mine"]
-    words += ["--models", str(tmp_path), "--classes", str(tmp_path / "classes.yaml"), "--native-size", "64", "96"]
+    words += ["--models", str(tmp_path), "--classes", str(tmp_path / "classes.yaml"), "--native-size", "64x96"]
     assert main(words) == 2
     assert "decode_head.ff.0.content_encoder.bias" in capsys.readouterr().err
     (tmp_path / "renames.yaml").write_text(yaml.safe_dump([["^decode_head.ff", "decode_head.freqfusions"]]))

@@ -167,7 +167,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_checkpoint_as_training_leaves_it(checkpoint: Path, tmp_path: Path, frame: np.ndarray) -> None:
     (tmp_path / "LICENSE").write_text("Terms of the weights\n")
     words = ["import", str(checkpoint), "--classes", "camvid", "--name", "mine", "--models", str(tmp_path)]
-    assert main([*words, "--native-size", "64", "96"]) == 0
+    assert main([*words, "--native-size", "64x96"]) == 0
     bundle = Bundle.load(tmp_path / "mine")
     assert bundle.provenance["imported_as"] == "offseg-t" and "Terms of the weights" in bundle.provenance["licence"]
     report = (bundle.path / REPORT).read_text().splitlines()

@@ -315,7 +315,7 @@ def test_the_command_states_size_and_licence(
 ) -> None:
     onnx = pytest.importorskip("onnx")
     file = write(Own(), tmp_path / "theirs" / "own.onnx")
-    words = ["--classes", "camvid", "--models", str(tmp_path), "--native-size", "64", "96", "--scale", "0.5"]
+    words = ["--classes", "camvid", "--models", str(tmp_path), "--native-size", "64x96", "--scale", "0.5"]
     assert main(["import", str(file), "--name", "a", *words]) == 0
     assert f"licence: {UNKNOWN}" in capsys.readouterr().out
     assert f"| licence | {UNKNOWN} |" in (tmp_path / "a" / "README.md").read_text()
@@ -400,7 +400,7 @@ def test_a_download_happens_only_when_asked_for(
     (commit / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     hub = Hub(commit)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    words = ["--classes", "camvid", "--name", "mine", "--models", str(tmp_path), "--native-size", "64", "96"]
+    words = ["--classes", "camvid", "--name", "mine", "--models", str(tmp_path), "--native-size", "64x96"]
     assert main(["import", "owner/model", *words]) == 2
     assert "nothing is downloaded unasked; if it is a name on the hub, add --download" in capsys.readouterr().err
     assert hub.asked == []
@@ -441,7 +441,7 @@ def test_of_several_outputs_one_is_named(tmp_path: Path, capsys: pytest.CaptureF
         Heads().eval(), (torch.zeros(1, 3, 32, 48),), str(file), input_names=["pixels"], output_names=["aux", "out"],
         dynamic_axes=axes, opset_version=17, dynamo=False,
     )  # fmt: skip
-    words = ["import", str(file), "--classes", "camvid", "--models", str(tmp_path), "--native-size", "64", "96"]
+    words = ["import", str(file), "--classes", "camvid", "--models", str(tmp_path), "--native-size", "64x96"]
     assert main([*words, "--name", "mine"]) == 2
     error = capsys.readouterr().err
     assert "more than one may be meant" in error and "name it with --output aux or out" in error

@@ -124,7 +124,7 @@ def test_export_and_import(tmp_path: Path, tiny_bundle: Path, capsys: pytest.Cap
     assert set(files_in(tmp_path / "onnx")) == {"dense.onnx", "dense.onnx.data"}
     assert main([*export[:4], "--output", str(tmp_path / "onnx")]) == 0
     words = ["import", str(tmp_path / "onnx" / "dense.onnx"), "--classes", "camvid", "--name", "copy"]
-    words += ["--models", str(tmp_path), "--native-size", "64", "96"]
+    words += ["--models", str(tmp_path), "--native-size", "64x96"]
     copy = tmp_path / "copy"
     (copy / "README.md").mkdir(parents=True)  # what cannot be replaced by the card
     (copy / "import.txt").touch()  # of an import that was cut off

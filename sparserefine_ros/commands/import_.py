@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sparserefine_ros.commands.arguments import parse_path
+from sparserefine_ros.commands.arguments import parse_path, parse_size
 
 HELP = "write a bundle from a checkpoint of mmsegmentation or of the Hugging Face hub, or from an ONNX file"
 
@@ -38,9 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--models", type=parse_path, default=Path("models"), help="where the bundle goes (default: models)"
     )
     parser.add_argument(
-        "--native-size", type=int, nargs=2, default=(1024, 2048), metavar=("H", "W"),
-        help="height and width of the frames it is for (default: 1024 2048)",
-    )  # fmt: skip
+        "--native-size",
+        type=parse_size,
+        default="1024x2048",
+        metavar="HxW",
+        help="size of the frames it is for (default: 1024x2048)",
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="size the network sees over native size (default: 1)")
     parser.add_argument(
         "--renames", type=parse_path, help="YAML list of [regular expression, replacement] for its weights"
@@ -61,9 +64,8 @@ def run(args: argparse.Namespace) -> int:
     if args.classes not in CLASS_LISTS and not Path(args.classes).exists():
         raise ParameterError(f"--classes {args.classes}: no such list; give {', '.join(CLASS_LISTS)} or a YAML file")
     classes = CLASS_LISTS[args.classes] if args.classes in CLASS_LISTS else read_classes(Path(args.classes))
-    height, width = args.native_size
     bundle = import_checkpoint(
-        args.checkpoint, args.network, classes, args.models / args.name, (height, width), args.scale,
+        args.checkpoint, args.network, classes, args.models / args.name, args.native_size, args.scale,
         read_renames(args.renames) if args.renames else (), args.download, args.any_names, args.output,
     )  # fmt: skip
     print(f"wrote {bundle.path}; what was found: {bundle.path / REPORT}; its entropy threshold is not calibrated")

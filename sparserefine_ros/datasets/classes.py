@@ -36,9 +36,14 @@ class ClassList:
                 raise ValueError(f"{key} {given!r:.80}; expected a list")
         if not 1 <= len(names) <= MAX_CLASSES:
             raise ValueError(f"{len(names)} classes; expected 1 to {MAX_CLASSES}")
+        if nameless := [name for name in names if not (isinstance(name, str) and name.strip())]:
+            where = names.index(nameless[0])
+            raise ValueError(f"class {where} is called {nameless[0]!r:.80}; expected text, in quotes")
+        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise ValueError(f"two classes are called {twice[0]!r:.80}; give each a name of its own")
         if wrong := [colour for colour in palette if not _is_colour(colour)]:
             raise ValueError(f"colour {wrong[0]!r:.80}; expected [red, green, blue], each 0 to 255")
-        return cls(str(data["name"]), tuple(str(n) for n in names), tuple((r, g, b) for r, g, b in palette))
+        return cls(str(data["name"]), tuple(names), tuple((r, g, b) for r, g, b in palette))
 
     def as_data(self) -> dict[str, Any]:
         """As YAML and JSON take it."""

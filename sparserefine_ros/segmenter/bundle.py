@@ -26,12 +26,15 @@ from sparserefine_ros.datasets.classes import ClassList
 from sparserefine_ros.errors import BundleError
 from sparserefine_ros.networks.limits import at_most, check_arguments
 from sparserefine_ros.segmenter.bundle_files import FORMAT, read_model_yaml, read_weights, write_model_yaml
+from sparserefine_ros.segmenter.preprocess import low_resolution_size
 from sparserefine_ros.whole_files import write_whole
 
 ONNX = "onnx"
 """In place of a network's name: the weights are an ONNX file, which ONNX Runtime runs as it is."""
 MAX_NATIVE = 2**26
 """Pixels of the largest native size: as many as the node takes in a frame."""
+MIN_SIDE = 8
+"""Pixels that the dense segmenter must be left of a frame's side."""
 DEFAULT_BUNDLES = {
     "sparserefine": "camvid",
     "superpixel": "camvid-superpixel",
@@ -276,6 +279,12 @@ def _parse(path: Path, data: Mapping[str, Any]) -> Bundle:
     if not (height > 0 and width > 0 and height * width <= MAX_NATIVE):
         raise ValueError(
             f"native_size {height} x {width}; expected two numbers above 0, of at most {MAX_NATIVE} pixels"
+        )
+    low = low_resolution_size((height, width), scale)
+    if min(low) < MIN_SIDE:
+        raise ValueError(
+            f"scale {scale:g} leaves {low[0]}x{low[1]} of frames of {height}x{width}; expected {MIN_SIDE} pixels a "
+            "side, or more"
         )
     refiner, native = (_spec(key, data[key]) if data.get(key) else None for key in ("refiner", "native"))
     return Bundle(

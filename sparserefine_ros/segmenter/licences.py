@@ -41,7 +41,8 @@ def write_import_card(bundle: Bundle, report: str) -> None:
         "licence": source["licence"] or UNKNOWN,
         "classes": f"{len(bundle.classes)}, {bundle.classes.name}: {', '.join(bundle.classes.names)}",
         "frames": f"{width}x{height}, seen at scale {bundle.scale:g}",
-        "entropy threshold": f"{bundle.entropy_threshold} nats, not calibrated: sparserefine calibrate",
+        "entropy threshold": f"{bundle.entropy_threshold} nats, a guess; `sparserefine calibrate` writes a measured "
+        "one into `model.yaml`",
     }
     if "revision" in source:
         rows["revision"] = source["revision"]
