@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+# Triton reads this when it is first imported, which is later than this line: without a GPU it interprets its kernels.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from sparserefine_ros.datasets.classes import CAMVID
 from sparserefine_ros.networks.compact import CompactSegmenter

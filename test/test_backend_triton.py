@@ -15,10 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-# Triton reads this when it is first imported, which is later than this line.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from sparserefine_ros.sparse import STRIDE_MODES, KernelMap, Pyramid
 from sparserefine_ros.sparse.backends import Backend, Output, triton_backend
 from sparserefine_ros.sparse.backends.triton_backend import TritonBackend

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-
-# Triton reads this when it is first imported, which is later than this line.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from sparserefine_ros.networks import graphed_unet
 from sparserefine_ros.networks.fused_unet import FusedUNet

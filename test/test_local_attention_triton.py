@@ -12,12 +12,8 @@ import pytest
 import torch
 from test_local_attention import dense_attention, random_inputs
 
-# Triton reads this when it is first imported, which is later than this line.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-from sparserefine_ros.networks import local_attention  # noqa: E402
-from sparserefine_ros.networks.local_attention import QueryKeyValue  # noqa: E402
+from sparserefine_ros.networks import local_attention
+from sparserefine_ros.networks.local_attention import QueryKeyValue
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 if find_spec("triton"):
