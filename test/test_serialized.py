@@ -27,11 +27,13 @@ from ros_client import isolated  # noqa: E402
 from sensor_msgs.msg import Image  # noqa: E402
 
 from sparserefine_ros.evaluation.bag_messages import image_message, stamp_ns  # noqa: E402
-from sparserefine_ros.node import serialized  # noqa: E402
+from sparserefine_ros.node import qos, serialized  # noqa: E402
 from sparserefine_ros.node.qos import QosWatch  # noqa: E402
+from sparserefine_ros.node.single_copy import single_copy  # noqa: E402
 
 RELIABLE = QoSProfile(depth=20, reliability=ReliabilityPolicy.RELIABLE)
 DIRECT = pytest.mark.skipif(serialized.RCL is None, reason="librcl cannot be called here")
+SINGLE = pytest.mark.skipif(single_copy() is None, reason="messages are copied twice here")
 
 
 class Line:
@@ -75,13 +77,16 @@ def ros(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Node, Single
         context.try_shutdown()
 
 
-@pytest.fixture(params=[pytest.param("librcl", marks=DIRECT), "rclpy"])
+@pytest.fixture(params=[pytest.param("one copy", marks=SINGLE), pytest.param("librcl", marks=DIRECT), "rclpy"])
 def line(
     ros: tuple[Node, SingleThreadedExecutor], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Line]:
     if request.param == "rclpy":
         monkeypatch.setattr(serialized, "RCL", None)
-    made = Line(*ros, f"/{request.node.originalname}_{request.param}")
+    if request.param == "librcl":
+        monkeypatch.setattr(qos, "message_type", lambda kind: kind)
+    made = Line(*ros, f"/{request.node.originalname}_{request.param.replace(' ', '_')}")
+    assert (made.subscription.msg_type is not Image) == (request.param == "one copy")
     yield made
     made.close()
 
@@ -183,20 +188,24 @@ def test_a_subscription_that_goes_hands_over_nothing_more(line: Line) -> None:
 def test_nothing_to_take_is_none(ros: tuple[Node, SingleThreadedExecutor]) -> None:
     line = Line(*ros, "/empty")
     rcl = serialized.RCL
-    assert rcl is not None and serialized.take(line.subscription, rcl, serialized.Missing()) is None
+    assert rcl is not None and serialized.take(line.subscription, rcl, serialized.Missing()) == []
     message = line.send(0, (8, 8))
     deadline = time.monotonic() + 15
-    while (got := serialized.take(line.subscription, rcl, serialized.Missing())) is None:
+    while not (got := serialized.take(line.subscription, rcl, serialized.Missing())):
         assert time.monotonic() < deadline
-    assert bytes(got) == message and serialized.take(line.subscription, rcl, serialized.Missing()) is None
+    assert [bytes(one) for one in got] == [message]
+    assert serialized.take(line.subscription, rcl, serialized.Missing()) == []
     line.close()
 
 
 @DIRECT
+@pytest.mark.parametrize("copies", [pytest.param(1, marks=SINGLE), 2])
 def test_without_memory_a_message_is_lost_and_the_next_is_not(
-    ros: tuple[Node, SingleThreadedExecutor], monkeypatch: pytest.MonkeyPatch
+    ros: tuple[Node, SingleThreadedExecutor], monkeypatch: pytest.MonkeyPatch, copies: int
 ) -> None:
-    line = Line(*ros, "/short")
+    if copies == 2:
+        monkeypatch.setattr(qos, "message_type", lambda kind: kind)
+    line = Line(*ros, f"/short_{copies}")
     assert serialized.RCL is not None
     reallocate = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)(lambda *_: None)
     allocator = serialized._Allocator.from_buffer_copy(serialized.RCL.allocator)
@@ -278,10 +287,11 @@ def interrupt(*_):
 rclpy.init(domain_id=int(sys.argv[1]))
 node = Node("interrupted")
 publisher = node.create_publisher(Image, "t", 5)
-subscription = node.create_subscription(Image, "t", lambda message: None, 5, raw=True)
+kind = serialized.message_type(Image) if sys.argv[2] == "1" else Image
+subscription = node.create_subscription(kind, "t", lambda message: None, 5, raw=True)
 while not publisher.get_subscription_count():
     time.sleep(0.01)
-message = np.random.default_rng(0).integers(0, 256, 6 << 20, np.uint8).tobytes()
+message = b"\\0\\1\\0\\0" + np.random.default_rng(0).integers(0, 256, 6 << 20, np.uint8).tobytes()
 signal.signal(signal.SIGUSR1, interrupt)
 main, whole, interrupted, missing = threading.main_thread().ident, 0, 0, serialized.Missing()
 for i in range(100):
@@ -289,9 +299,9 @@ for i in range(100):
     kick = threading.Timer(1e-4 * (i % 20), signal.pthread_kill, (main, signal.SIGUSR1))
     try:
         kick.start()
-        while (got := serialized.take(subscription, serialized.RCL, missing)) is None:
+        while not (got := serialized.take(subscription, serialized.RCL, missing)):
             pass
-        assert got == message
+        assert got == [message]
         whole += 1
         kick.join()
     except Interrupted:
@@ -299,17 +309,18 @@ for i in range(100):
 while serialized.take(subscription, serialized.RCL, missing):  # those whose wait was interrupted
     pass
 serialized.publish(publisher, message)
-while (got := serialized.take(subscription, serialized.RCL, missing)) is None:
+while not (got := serialized.take(subscription, serialized.RCL, missing)):
     pass
-print(got == message, whole + interrupted >= 100, interrupted > 0)
+print(got == [message], whole + interrupted >= 100, interrupted > 0)
 """
 
 
 @DIRECT
-def test_ctrl_c_during_a_take_leaves_the_memory_whole(ros: tuple[Node, SingleThreadedExecutor]) -> None:
+@pytest.mark.parametrize("copies", [pytest.param(1, marks=SINGLE), 2])
+def test_ctrl_c_during_a_take_leaves_the_memory_whole(ros: tuple[Node, SingleThreadedExecutor], copies: int) -> None:
     """A signal whose handler raises, at any moment of a take: an exception in Python, not a crash in C."""
     run = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, str(ros[0].context.get_domain_id())],
+        [sys.executable, "-c", INTERRUPTED, str(ros[0].context.get_domain_id()), str(copies)],
         capture_output=True, text=True, timeout=60, env=os.environ,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr

@@ -25,7 +25,7 @@ from rclpy.qos_overriding_options import InvalidQosOverridesError, QoSOverriding
 
 from sparserefine_ros.errors import ParameterError
 from sparserefine_ros.node.declare import overrides
-from sparserefine_ros.node.serialized import ByHand, Feed, for_executor
+from sparserefine_ros.node.serialized import ByHand, Feed, for_executor, message_type
 
 try:
     from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
@@ -94,7 +94,7 @@ class QosWatch:
         rcl = for_executor(self.node.executor)
         subscription = self._made(
             lambda options: self.node.create_subscription(
-                kind,
+                message_type(kind) if rcl else kind,
                 topic,
                 lambda message: callback(memoryview(message)),
                 _copy(qos),

@@ -1,7 +1,7 @@
 """Serialized messages taken and published without rclpy's copies, by librcl's own functions.
 
 rclpy makes a `bytes` of every message taken and a string of every one published, a copy of the whole image each, and
-holds the GIL while the middleware makes its own. Here a message stays in the memory that rcl takes it into, until
+holds the GIL while the middleware makes its own. Here a message stays in the memory that it is taken into, until
 nobody holds it, and is published from where it lies, while Python goes on. What is called is C and the same from humble
 to kilted (rcl/subscription.h, rcl/publisher.h, rcutils/types/uint8_array.h); where the libraries are not found, rclpy
 does it.
@@ -22,6 +22,8 @@ from rclpy.impl.implementation_singleton import rclpy_implementation
 from rclpy.node import Node
 from rclpy.subscription import Subscription
 from rclpy.waitable import NumberOfEntities, Waitable
+
+from sparserefine_ros.node.single_copy import single_copy
 
 INFO_BYTES = 256  # more than rmw_message_info_t has (rmw/types.h)
 NUMBER_AT, PUBLISHER_AT, PUBLISHER_END = 16, 40, 56  # in it: the publisher's count of its messages, and its id
@@ -64,6 +66,8 @@ class _Rcl:
         self.take.restype = self.publish.restype = ctypes.c_int
         self.forget_error = rcutils.rcutils_reset_error
         self.forget_error.restype = None
+        self.has_error = rcutils.rcutils_error_is_set
+        self.has_error.restype = ctypes.c_bool
         default = rcutils.rcutils_get_default_allocator
         default.restype = _Allocator
         self.allocator = default()
@@ -85,6 +89,17 @@ def _library() -> _Rcl | None:
 RCL = _library()
 
 
+def message_type(kind: type) -> type:
+    """``kind`` as subscriptions of a `Feed` take it: with a copy less, where that can be."""
+    single = single_copy()
+    if single is None:
+        return kind
+    try:
+        return single.message_type(kind)
+    except AttributeError:
+        return kind
+
+
 def for_executor(executor: Executor | None) -> _Rcl | None:
     """The functions, where that executor leaves taking to us. Kilted's EventsExecutor, which is no `Executor`, heeds no
     callback groups and fails at the second entity of one subscription."""
@@ -103,12 +118,12 @@ def publish(publisher: Any, message: bytes | bytearray) -> None:
 
 
 class _Memory:
-    """What rcl has allocated for a message; freed with the last array that lies in it."""
+    """What was allocated for a message; freed with the last array that lies in it."""
 
-    def __init__(self, array: _Array, free: Callable[[int, None], None]) -> None:
-        self._address, self._free = array.buffer, free
-        data = (array.buffer, True)  # read-only
-        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (array.length,), "data": data}
+    def __init__(self, address: int, length: int, free: Callable[[int, None], None]) -> None:
+        self._address, self._free = address, free
+        data = (address, True)  # read-only
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (length,), "data": data}
 
     def __del__(self) -> None:
         self._free(self._address, None)
@@ -135,23 +150,35 @@ class Missing:
         self.count = (self.count or 0) + max(0, number - before - 1)
 
 
-def take(subscription: Any, rcl: _Rcl, missing: Missing) -> memoryview | None:
-    """The next message, read-only; None where there is none. RCLError where the middleware fails.
+def take(subscription: Any, rcl: _Rcl, missing: Missing) -> list[memoryview]:
+    """The next message, read-only; none where there is none. RCLError where the middleware fails.
 
+    Before it, or in its place, stands an empty one where the middleware has thrown away others that it could not read.
     The memory is rcl's, not numpy's: an allocator in Python may be interrupted by a signal's handler that raises, as
     Ctrl-C does, and C would then write to wherever its undefined result points.
     """
-    array, info = _Array(None, 0, 0, rcl.allocator), bytearray(INFO_BYTES)
+    info, unread = bytearray(INFO_BYTES), []
+    into = (ctypes.c_char * INFO_BYTES).from_buffer(info)
+    single = single_copy()
     with subscription.handle:
-        code = rcl.take(subscription.handle.pointer, array, (ctypes.c_char * INFO_BYTES).from_buffer(info), None)
-    memory = _Memory(array, rcl.free) if array.buffer else None
+        if single and single.takes(subscription.msg_type):
+            rcl.forget_error()  # an earlier one
+            code, address, length = single.take(subscription.handle.pointer, rcl.allocator, into)
+            unread = [memoryview(b"")] if rcl.has_error() else []
+        else:
+            array = _Array(None, 0, 0, rcl.allocator)
+            code = rcl.take(subscription.handle.pointer, array, into, None)
+            address, length = array.buffer, array.length
+    memory = _Memory(address, length, rcl.free) if address else None
     if code == NOTHING_TAKEN:
         rcl.forget_error()
-        return None
+        return unread
     rcl.check(code, "cannot take a message from", subscription)
+    if unread:
+        rcl.forget_error()
     number = int.from_bytes(info[NUMBER_AT : NUMBER_AT + 8], sys.byteorder)
     missing.taken(bytes(info[PUBLISHER_AT:PUBLISHER_END]), number)
-    return np.asarray(memory).data if memory is not None else memoryview(b"")
+    return [*unread, np.asarray(memory).data if memory is not None else memoryview(b"")]
 
 
 class ByHand(ReentrantCallbackGroup):
@@ -194,15 +221,15 @@ class Feed(Waitable):  # type: ignore[type-arg]
     def is_ready(self, wait_set: Any) -> bool:
         return self._index is not None and bool(wait_set.is_ready("subscription", self._index))
 
-    def take_data(self) -> memoryview | None:
+    def take_data(self) -> list[memoryview]:
         try:
             return take(self._subscription, self._rcl, self.missing)
         except InvalidHandle:  # destroyed since it was ready
-            return None
+            return []
         except RCLError as error:  # costs this message alone
             self._node.get_logger().warning(str(error), throttle_duration_sec=30.0)
-            return None
+            return []
 
-    async def execute(self, message: memoryview | None) -> None:
-        if message is not None:
+    async def execute(self, messages: list[memoryview]) -> None:
+        for message in messages:
             self._callback(message)
