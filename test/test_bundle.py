@@ -106,7 +106,7 @@ def test_folder_without_model_yaml(tmp_path: Path) -> None:
         (lambda d: d.update(native_size=[2**20, 2**20]), "native_size 1048576 x 1048576.*67108864 pixels"),
         (lambda d: d.update(native_size=[0, 9]), "native_size 0 x 9"),
         (lambda d: d.update(native_size=[float("inf"), 9]), "cannot convert float infinity"),
-        (lambda d: d.update(scale=1e-9), "scale 1e-09 leaves 1x1 of frames of 64x96; expected 8 pixels a"),
+        (lambda d: d.update(scale=1e-9), "scale 1e-09 leaves 1x1 of frames of 64x96; expected 4 pixels a"),
         (lambda d: d["classes"]["names"].__setitem__(3, None), "class 3 is called None; expected text, in quotes"),
         (lambda d: d["classes"]["names"].__setitem__(3, "sky"), "two classes are called 'sky'; give each a name"),
         (lambda d: d["classes"].update(names=["x"] * 1000), "1000 classes; expected 1 to 255"),

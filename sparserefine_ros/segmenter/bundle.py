@@ -33,7 +33,7 @@ ONNX = "onnx"
 """In place of a network's name: the weights are an ONNX file, which ONNX Runtime runs as it is."""
 MAX_NATIVE = 2**26
 """Pixels of the largest native size: as many as the node takes in a frame."""
-MIN_SIDE = 8
+MIN_SIDE = 4
 """Pixels that the dense segmenter must be left of a frame's side."""
 DEFAULT_BUNDLES = {
     "sparserefine": "camvid",
