@@ -30,7 +30,7 @@ from rclpy.parameter import Parameter  # noqa: E402
 from std_msgs.msg import Header  # noqa: E402
 
 from sparserefine_ros.benchmarks.node_overhead import Resources, write_trivial_bundle  # noqa: E402
-from sparserefine_ros.node.cdr import write_image  # noqa: E402
+from sparserefine_ros.node.cdr import image_parts  # noqa: E402
 from sparserefine_ros.node.process import NodeProcess, free_domain_id  # noqa: E402
 from sparserefine_ros.node.segment_node import SegmentNode  # noqa: E402
 
@@ -63,7 +63,7 @@ def lives(number: int, bundle: Path) -> dict[str, Any]:
         Parameter("model", value=str(bundle)), Parameter("device", value="cpu"), Parameter("threads", value=1),
     ]  # fmt: skip
     node = SegmentNode(context=context, parameter_overrides=overrides)
-    frame = write_image(Header(), np.full((*SIZE, 3), 99, np.uint8), "rgb8")
+    frame = b"".join(image_parts(Header(), np.full((*SIZE, 3), 99, np.uint8), "rgb8"))
     seen = Resources(os.getpid())
     start = time.monotonic()
     for done in range(number):

@@ -16,7 +16,7 @@ from sensor_msgs.msg import CompressedImage, Image  # noqa: E402
 from std_msgs.msg import Header  # noqa: E402
 
 from sparserefine_ros.errors import FrameError  # noqa: E402
-from sparserefine_ros.node.cdr import CompressedView, ImageView, read_message, write_image  # noqa: E402
+from sparserefine_ros.node.cdr import CompressedView, ImageView, image_parts, read_message  # noqa: E402
 from sparserefine_ros.node.conversion import to_rgb  # noqa: E402
 
 FIELDS = ("header", "height", "width", "encoding", "is_bigendian", "step")
@@ -73,7 +73,7 @@ def test_what_is_written_is_what_rclpy_reads(frame_id, encoding, height, width, 
     pixels = pixels[:, ::2]  # not contiguous
     header = Header(frame_id=frame_id)
     header.stamp.sec, header.stamp.nanosec = -5, 999_999_999
-    message = deserialize_message(write_image(header, pixels, encoding), Image)
+    message = deserialize_message(b"".join(image_parts(header, pixels, encoding)), Image)
     step = pixels.dtype.itemsize * width * int(np.prod(channels))
     assert (message.header, message.encoding) == (header, encoding)
     assert [getattr(message, name) for name in FIELDS[1:3] + FIELDS[4:]] == [height, width, 0, step]

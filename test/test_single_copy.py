@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 pytest.importorskip("rclpy")
 
 import rclpy  # noqa: E402
+from builtin_interfaces.msg import Time  # noqa: E402
 from rclpy.context import Context  # noqa: E402
 from rclpy.executors import SingleThreadedExecutor  # noqa: E402
 from rclpy.node import Node  # noqa: E402
@@ -22,12 +23,15 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy  # noqa: E402
 from rclpy.serialization import deserialize_message  # noqa: E402
 from ros_client import isolated  # noqa: E402
 from sensor_msgs.msg import CompressedImage, Image  # noqa: E402
+from std_msgs.msg import Header  # noqa: E402
 from std_srvs.srv import SetBool  # noqa: E402
 
 from sparserefine_ros.evaluation.bag_messages import image_message  # noqa: E402
 from sparserefine_ros.native import NativeError  # noqa: E402
 from sparserefine_ros.node import serialized, single_copy  # noqa: E402
+from sparserefine_ros.node.cdr import image_parts  # noqa: E402
 from sparserefine_ros.node.qos import QosWatch  # noqa: E402
+from sparserefine_ros.node.serialized import publish  # noqa: E402
 
 pytestmark = pytest.mark.skipif(single_copy.single_copy() is None, reason="messages are copied twice here")
 RELIABLE = QoSProfile(depth=20, reliability=ReliabilityPolicy.RELIABLE)
@@ -166,6 +170,51 @@ def test_others_of_the_same_type_in_one_node_are_as_they_were(
     node.destroy_publisher(publisher)
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_images_published_in_parts_arrive_whole(
+    ros: tuple[Node, SingleThreadedExecutor], monkeypatch: pytest.MonkeyPatch, ours: bool
+) -> None:
+    """To subscribers that read them and to those that take bytes; without our type in one piece."""
+    node, executor = ros
+    kind, topic = serialized.message_type(Image) if ours else Image, f"parts_{int(ours)}"
+    publisher = node.create_publisher(kind, topic, RELIABLE)
+    whole: list[Any] = []
+    monkeypatch.setattr(serialized, "publish", lambda *arguments: whole.append(publish(*arguments)))
+    read: list[Image] = []
+    raw: list[bytes] = []
+    ends = [
+        node.create_subscription(Image, topic, read.append, RELIABLE),
+        node.create_subscription(Image, topic, raw.append, RELIABLE, raw=True),
+    ]
+    until(executor, lambda: publisher.get_subscription_count() == 2)
+    rng = np.random.default_rng(0)
+    for size, encoding in (((1, 1), "mono8"), ((3, 5, 3), "rgb8"), ((1024, 2048), "mono8"), ((7, 2), "32FC1")):
+        pixels = rng.random(size, np.float32) if encoding == "32FC1" else rng.integers(0, 256, size, np.uint8)
+        head, body = image_parts(Header(stamp=Time(sec=3, nanosec=7), frame_id="camera"), pixels, encoding)
+        assert body is pixels
+        serialized.publish_parts(publisher, head, body)
+        until(executor, lambda: read and raw)
+        message, data = read.pop(), raw.pop()
+        assert (message.header.stamp.nanosec, message.header.frame_id) == (7, "camera")
+        assert (message.height, message.width, message.encoding) == (*size[:2], encoding)
+        assert message.step == pixels.nbytes // size[0] and bytes(message.data) == pixels.tobytes()
+        assert data == head + pixels.tobytes()
+    assert bool(whole) != ours
+    for end in ends:
+        node.destroy_subscription(end)
+    node.destroy_publisher(publisher)
+
+
+def test_rclpy_publishes_no_object_of_our_types(ros: tuple[Node, SingleThreadedExecutor]) -> None:
+    """It would be read as the two parts."""
+    publisher = ros[0].create_publisher(serialized.message_type(Image), "object", RELIABLE)
+    with pytest.raises(TypeError):
+        publisher.publish(Image())
+    with pytest.raises(TypeError):
+        serialized.message_type(Image)()
+    ros[0].destroy_publisher(publisher)
+
+
 def test_compressed_images_too(ros: tuple[Node, SingleThreadedExecutor]) -> None:
     node, executor = ros
     watch, got = QosWatch(node), []
@@ -186,7 +235,7 @@ def test_a_type_is_made_once() -> None:
     own = single_copy.single_copy()
     assert own is not None
     assert own.message_type(Image) is own.message_type(Image) is not own.message_type(CompressedImage)
-    assert own.takes(own.message_type(Image)) and not own.takes(Image)
+    assert own.has(own.message_type(Image)) and not own.has(Image)
 
 
 def test_where_something_is_not_as_expected_messages_are_copied_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,15 +70,16 @@ def read_message(frame: Frame, kind: type[Image | CompressedImage]) -> ImageView
         ) from error
 
 
-def write_image(header: Header, image: np.ndarray, encoding: str) -> bytes:
-    """The serialized sensor_msgs/Image of ``image`` ([H, W] or [H, W, C]), with that header. One copy of its pixels."""
+def image_parts(header: Header, image: np.ndarray, encoding: str) -> tuple[bytes, np.ndarray]:
+    """The serialized sensor_msgs/Image of ``image`` ([H, W] or [H, W, C]), with that header: what stands before its
+    pixels, and the pixels, contiguous; where they were already, without a copy."""
     image = np.ascontiguousarray(image)
     big = sys.byteorder == "big"
     order, begin = (">", b"\0\0\0\0") if big else ("<", b"\0\1\0\0")
     fields = struct.pack(f"{order}iI", header.stamp.sec, header.stamp.nanosec) + _text(header.frame_id, order)
     fields = _padded(fields) + struct.pack(f"{order}II", *image.shape[:2]) + _text(encoding, order)
     fields = _padded(fields + bytes([big])) + struct.pack(f"{order}II", image.nbytes // len(image), image.nbytes)
-    return b"".join((begin, fields, image.data))
+    return begin + fields, image
 
 
 def _text(text: str, order: str) -> bytes:

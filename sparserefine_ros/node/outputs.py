@@ -14,11 +14,12 @@ from sparserefine_ros.datasets.classes import ClassList
 from sparserefine_ros.errors import FrameError
 from sparserefine_ros.networks.boundaries import draw_boundaries
 from sparserefine_ros.node import labels
-from sparserefine_ros.node.cdr import write_image
+from sparserefine_ros.node.cdr import image_parts
 from sparserefine_ros.node.conversion import colourise, overlay
 from sparserefine_ros.node.mask_transport import fill_png, shrink
 from sparserefine_ros.node.qos import QosWatch
 from sparserefine_ros.node.refusal import offer
+from sparserefine_ros.node.serialized import message_type
 from sparserefine_ros.node.sources import RESULTS
 from sparserefine_ros.node.status import FrameReport, diagnostics
 
@@ -38,7 +39,7 @@ class Outputs:
         self.publishers: list[Any] = []
         images = ["mask", "confidence", "entropy", "color", "overlay", *(["superpixels"] if superpixels else [])]
         try:
-            self._images = {name: self._made(Image, f"{results}/{name}", RELIABLE) for name in images}
+            self._images = {name: self._made(message_type(Image), f"{results}/{name}", RELIABLE) for name in images}
             self._png = self._made(CompressedImage, f"{results}/mask/compressed", RELIABLE)
             self._timing = self._made(DiagnosticArray, f"{results}/timing", RELIABLE)
             self._json = self._made(String, f"{results}/label_info_json", LATCHED)
@@ -107,7 +108,7 @@ class Outputs:
 
     def _send(self, name: str, header: Any, image: np.ndarray, encoding: str) -> None:
         if _awaited(self._images[name]):
-            self._offer(self._images[name], write_image(header, image, encoding))
+            self._offer(self._images[name], image_parts(header, image, encoding))
 
     def _offer(self, publisher: Any, message: Any) -> None:
         if not offer(publisher, message):

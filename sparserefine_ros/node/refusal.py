@@ -9,13 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 from sparserefine_ros.node.serialized import RCLError as Refusal
-from sparserefine_ros.node.serialized import publish
+from sparserefine_ros.node.serialized import publish, publish_parts
 
 
 def offer(publisher: Any, message: Any) -> bool:
-    """Publishes; False where the message was refused, which costs it alone."""
+    """Publishes a message: an object, bytes or `cdr.image_parts`. False where it was refused, which costs it alone."""
     try:
-        if isinstance(message, (bytes, bytearray)):
+        if isinstance(message, tuple):
+            publish_parts(publisher, *message)
+        elif isinstance(message, (bytes, bytearray)):
             publish(publisher, message)
         else:
             publisher.publish(message)

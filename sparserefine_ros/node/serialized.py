@@ -27,6 +27,7 @@ from sparserefine_ros.node.single_copy import single_copy
 
 INFO_BYTES = 256  # more than rmw_message_info_t has (rmw/types.h)
 NUMBER_AT, PUBLISHER_AT, PUBLISHER_END = 16, 40, 56  # in it: the publisher's count of its messages, and its id
+ENCAPSULATION = 4  # bytes that a serialized message begins with
 UNNUMBERED = (0, (1 << 64) - 1)  # left alone, or RMW_MESSAGE_INFO_SEQUENCE_NUMBER_UNSUPPORTED
 MAX_PUBLISHERS = 16  # of one topic that are remembered
 NOTHING_TAKEN = 401  # RCL_RET_SUBSCRIPTION_TAKE_FAILED: another message of a burst was taken in its place
@@ -90,7 +91,7 @@ RCL = _library()
 
 
 def message_type(kind: type) -> type:
-    """``kind`` as subscriptions of a `Feed` take it: with a copy less, where that can be."""
+    """``kind`` for subscriptions of a `Feed` and for `publish_parts`: with a copy less, where that can be."""
     single = single_copy()
     if single is None:
         return kind
@@ -104,6 +105,18 @@ def for_executor(executor: Executor | None) -> _Rcl | None:
     """The functions, where that executor leaves taking to us. Kilted's EventsExecutor, which is no `Executor`, heeds no
     callback groups and fails at the second entity of one subscription."""
     return RCL if executor is None or isinstance(executor, Executor) else None
+
+
+def publish_parts(publisher: Any, head: bytes, body: np.ndarray) -> None:
+    """Publishes the serialized message that is ``head`` and then the bytes of ``body``, which is contiguous; RCLError
+    where the middleware refuses it."""
+    single = single_copy()
+    if RCL is None or single is None or not single.has(publisher.msg_type):
+        publish(publisher, b"".join((head, body.data)))
+        return
+    with publisher.handle:
+        code = single.publish(publisher.handle.pointer, head[ENCAPSULATION:], body.ctypes.data, body.nbytes)
+        RCL.check(code, "cannot publish on", publisher)
 
 
 def publish(publisher: Any, message: bytes | bytearray) -> None:
@@ -161,7 +174,7 @@ def take(subscription: Any, rcl: _Rcl, missing: Missing) -> list[memoryview]:
     into = (ctypes.c_char * INFO_BYTES).from_buffer(info)
     single = single_copy()
     with subscription.handle:
-        if single and single.takes(subscription.msg_type):
+        if single and single.has(subscription.msg_type):
             rcl.forget_error()  # an earlier one
             code, address, length = single.take(subscription.handle.pointer, rcl.allocator, into)
             unread = [memoryview(b"")] if rcl.has_error() else []

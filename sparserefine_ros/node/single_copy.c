@@ -1,5 +1,6 @@
-// A message type whose deserializer copies the message as it came: see single_copy.py. The structs are those of
-// rosidl_runtime_c/message_type_support_struct.h and rosidl_typesupport_fastrtps_cpp/message_type_support.h.
+// A message type whose deserializer copies the message as it came, and whose serializer one that lies there in two
+// parts: see single_copy.py. The structs are those of rosidl_runtime_c/message_type_support_struct.h and
+// rosidl_typesupport_fastrtps_cpp/message_type_support.h.
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -9,9 +10,10 @@
 
 struct callbacks {
     const char *namespace, *name;
-    void *serialize;
+    bool (*serialize)(const void *message, void *cdr);
     bool (*deserialize)(void *cdr, void *message);
-    void *size, *largest_size;
+    uint32_t (*size)(const void *message);
+    void *largest_size;
     void *keys;  // in kilted; an image has none
 };
 
@@ -34,6 +36,11 @@ struct message {
     size_t length;
     void *(*reallocate)(void *data, size_t bytes, void *state);
     void *state;
+};
+
+struct parts {
+    const uint8_t *head, *body;
+    size_t head_length, body_length;
 };
 
 // Methods of eprosima::fastcdr::Cdr: where a message starts; whether as many bytes are left, and then on by as many.
@@ -59,13 +66,27 @@ static bool take_whole(void *cdr, void *untyped) {
     return true;
 }
 
+static uint32_t parts_size(const void *untyped) {
+    const struct parts *parts = untyped;
+    return (uint32_t)(parts->head_length + parts->body_length);
+}
+
+static bool put_parts(const void *untyped, void *cdr) {
+    const struct parts *parts = untyped;
+    if (!jump(cdr, parts->head_length + parts->body_length)) return false;
+    char *to = start(cdr) + 4;  // the encapsulation, which has been written
+    memcpy(to, parts->head, parts->head_length);
+    memcpy(to + parts->head_length, parts->body, parts->body_length);
+    return true;
+}
+
 static const struct support *find(const struct support *support, const char *identifier) {
     const struct single_copy *own = (const struct single_copy *)support;
     return strcmp(identifier, own->ours.identifier) ? own->original->find(own->original, identifier) : &own->ours;
 }
 
-// A type support as `original`, of the message package::msg::name, but for the deserializer that `identifier`'s
-// middleware calls. NULL where that is not found or for another message. It is never freed: nobody knows who uses it.
+// A type support as `original`, of the message package::msg::name, but for what `identifier`'s middleware reads and
+// writes messages with. NULL where that is not found or for another message. It is never freed: nobody knows who uses it.
 const void *sr_single_copy(const struct support *original, const char *identifier, const char *namespace,
                            const char *name, bool described) {
     const struct support *theirs = original->find(original, identifier);
@@ -81,5 +102,7 @@ const void *sr_single_copy(const struct support *original, const char *identifie
     own->support.find = find;
     own->ours.callbacks = &own->callbacks;
     own->callbacks.deserialize = take_whole;
+    own->callbacks.serialize = put_parts;
+    own->callbacks.size = parts_size;
     return own;
 }

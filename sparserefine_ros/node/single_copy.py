@@ -1,10 +1,14 @@
-"""Messages taken as they came over the wire, with one copy instead of two, where the middleware is Fast DDS.
+"""Serialized messages taken and published with one copy instead of two, where the middleware is Fast DDS.
 
 rcl_take_serialized_message copies a message out of the middleware's history into a buffer of rmw_fastrtps's, and from
 there into the caller's: 0.7 to 1.4 ms for each copy of 6 MB. rcl_take has the message's type read it in the history
 itself. So the subscription gets a type of ours, the original in all but its deserializer, which copies the bytes
-(single_copy.c). The C structs of type supports begin alike from humble to kilted; where anything is not as expected,
-another middleware, other names, no compiler, messages are copied twice.
+(single_copy.c). Likewise its serializer writes header and pixels into the history from where they lie. The C structs of
+type supports begin alike from humble to kilted; where anything is not as expected, another middleware, other names, no
+compiler, messages are copied twice.
+
+rclpy itself must neither take nor publish a message of our types but in bytes: it takes nothing of a raw subscription
+but bytes, and publishes no object but of the very class.
 """
 
 from __future__ import annotations
@@ -34,8 +38,14 @@ class _Message(ctypes.Structure):
     _fields_ = [("data", c_void_p), ("length", c_size_t), ("reallocate", c_void_p), ("state", c_void_p)]
 
 
+class _Parts(ctypes.Structure):
+    """struct parts"""
+
+    _fields_ = [("head", c_char_p), ("body", c_void_p), ("head_length", c_size_t), ("body_length", c_size_t)]
+
+
 class SingleCopy:
-    """Message types of ours, and how their messages are taken.
+    """Message types of ours, and how their messages are taken and published.
 
     OSError, AttributeError or NativeError where something that is needed is not there.
     """
@@ -51,17 +61,19 @@ class SingleCopy:
         self._support = own.sr_single_copy
         self._support.argtypes, self._support.restype = [c_void_p, c_char_p, c_char_p, c_char_p, c_bool], c_void_p
         self._described = hasattr(_loaded("librosidl_runtime_c.so"), "rosidl_get_zero_initialized_type_hash")
-        self._take = _loaded("librcl.so").rcl_take
-        self._take.argtypes, self._take.restype = [c_void_p] * 4, c_int
+        rcl = _loaded("librcl.so")
+        self._take, self._publish = rcl.rcl_take, rcl.rcl_publish
+        self._take.argtypes, self._publish.argtypes = [c_void_p] * 4, [c_void_p] * 3
+        self._take.restype = self._publish.restype = c_int
         self._types: dict[type, type] = {}
 
     def message_type(self, kind: type) -> type:
-        """``kind`` with our deserializer, for subscriptions; AttributeError where its own is not as expected."""
+        """``kind`` as `take` and `publish` need it; AttributeError where it is not as expected."""
         if kind not in self._types:
             self._types[kind] = self._with_ours(kind)
         return self._types[kind]
 
-    def takes(self, kind: type) -> bool:
+    def has(self, kind: type) -> bool:
         """Whether ``kind`` is one of ours."""
         return kind in self._types.values()
 
@@ -73,6 +85,13 @@ class SingleCopy:
         message = _Message(None, 0, allocator.reallocate, allocator.state)
         code = self._take(subscription, byref(message), info, None)
         return code, message.data, message.length
+
+    def publish(self, publisher: int, head: bytes, body: int, body_length: int) -> int:
+        """Publishes ``head``, without its encapsulation, and the bytes at address ``body`` from an rcl_publisher_t of
+        our type; rcl's code."""
+        parts = _Parts(head, body, len(head), body_length)
+        code: int = self._publish(publisher, byref(parts), None)
+        return code
 
     def _with_ours(self, kind: Any) -> type:
         if kind._TYPE_SUPPORT is None:  # not loaded yet
@@ -91,8 +110,14 @@ class SingleCopy:
         if not support:
             raise AttributeError(f"{kind.__name__} has no {TYPE_SUPPORT.decode()} as known here")
         meta = type(type(kind).__name__, (type(kind),), {"_TYPE_SUPPORT": new(support, name, None)})
-        ours: type = meta(kind.__name__, (kind,), {"__slots__": (), "__module__": kind.__module__})
+        ours: type = meta(
+            kind.__name__, (kind,), {"__slots__": (), "__module__": kind.__module__, "__init__": _no_object}
+        )
         return ours
+
+
+def _no_object(self: Any) -> None:
+    raise TypeError("rclpy cannot publish such an object")
 
 
 def _loaded(name: str) -> ctypes.CDLL:
