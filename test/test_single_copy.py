@@ -205,6 +205,20 @@ def test_images_published_in_parts_arrive_whole(
     node.destroy_publisher(publisher)
 
 
+def test_the_graph_shows_the_type_that_it_is(ros: tuple[Node, SingleThreadedExecutor]) -> None:
+    """Name and hash: others match by them."""
+    node, executor = ros
+    made = [node.create_publisher(kind, "graph", RELIABLE) for kind in (Image, serialized.message_type(Image))]
+    until(executor, lambda: node.count_publishers("graph") == 2)
+    theirs, ours = node.get_publishers_info_by_topic("graph")
+    assert theirs.topic_type == ours.topic_type == "sensor_msgs/msg/Image"
+    if hasattr(theirs, "topic_type_hash"):  # not in humble
+        assert str(theirs.topic_type_hash) == str(ours.topic_type_hash)
+        assert str(ours.topic_type_hash).startswith("RIHS01_")
+    for publisher in made:
+        node.destroy_publisher(publisher)
+
+
 def test_rclpy_publishes_no_object_of_our_types(ros: tuple[Node, SingleThreadedExecutor]) -> None:
     """It would be read as the two parts."""
     publisher = ros[0].create_publisher(serialized.message_type(Image), "object", RELIABLE)
