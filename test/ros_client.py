@@ -135,6 +135,20 @@ def isolated(log: Path) -> Iterator[int]:
         yield free_domain_id()
 
 
+@contextmanager
+def isolated_node(name: str, log: Path) -> Iterator[tuple[Node, SingleThreadedExecutor]]:
+    """A node in a domain of its own, and an executor to be spun by hand."""
+    with isolated(log) as domain:
+        context = Context()
+        rclpy.init(context=context, domain_id=domain)
+        node, executor = Node(name, context=context), SingleThreadedExecutor(context=context)
+        executor.add_node(node)
+        yield node, executor
+        executor.shutdown()
+        node.destroy_node()
+        context.try_shutdown()
+
+
 def fill_image(message: Any, header: Any, image: np.ndarray, encoding: str) -> Any:
     """Puts ``image`` ([H, W] or [H, W, C]) into a sensor_msgs/Image and returns it.
 

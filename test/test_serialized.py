@@ -23,7 +23,7 @@ from rclpy.context import Context  # noqa: E402
 from rclpy.executors import Executor, SingleThreadedExecutor  # noqa: E402
 from rclpy.node import Node  # noqa: E402
 from rclpy.qos import QoSProfile, ReliabilityPolicy  # noqa: E402
-from ros_client import isolated  # noqa: E402
+from ros_client import isolated_node  # noqa: E402
 from sensor_msgs.msg import Image  # noqa: E402
 
 from sparserefine_ros.evaluation.bag_messages import image_message, stamp_ns  # noqa: E402
@@ -66,15 +66,8 @@ class Line:
 
 @pytest.fixture(scope="module")
 def ros(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Node, SingleThreadedExecutor]]:
-    with isolated(tmp_path_factory.mktemp("log")) as domain:
-        context = Context()
-        rclpy.init(context=context, domain_id=domain)
-        node, executor = Node("serialized", context=context), SingleThreadedExecutor(context=context)
-        executor.add_node(node)
-        yield node, executor
-        executor.shutdown()
-        node.destroy_node()
-        context.try_shutdown()
+    with isolated_node("serialized", tmp_path_factory.mktemp("log")) as made:
+        yield made
 
 
 @pytest.fixture(params=[pytest.param("one copy", marks=SINGLE), pytest.param("librcl", marks=DIRECT), "rclpy"])

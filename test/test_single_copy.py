@@ -14,14 +14,12 @@ from hypothesis import strategies as st
 
 pytest.importorskip("rclpy")
 
-import rclpy  # noqa: E402
 from builtin_interfaces.msg import Time  # noqa: E402
-from rclpy.context import Context  # noqa: E402
 from rclpy.executors import SingleThreadedExecutor  # noqa: E402
 from rclpy.node import Node  # noqa: E402
 from rclpy.qos import QoSProfile, ReliabilityPolicy  # noqa: E402
 from rclpy.serialization import deserialize_message  # noqa: E402
-from ros_client import isolated  # noqa: E402
+from ros_client import isolated_node  # noqa: E402
 from sensor_msgs.msg import CompressedImage, Image  # noqa: E402
 from std_msgs.msg import Header  # noqa: E402
 from std_srvs.srv import SetBool  # noqa: E402
@@ -41,15 +39,8 @@ UNREADABLE = b"\xff" * 100  # no encapsulation that there is
 
 @pytest.fixture(scope="module")
 def ros(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Node, SingleThreadedExecutor]]:
-    with isolated(tmp_path_factory.mktemp("log")) as domain:
-        context = Context()
-        rclpy.init(context=context, domain_id=domain)
-        node, executor = Node("single_copy", context=context), SingleThreadedExecutor(context=context)
-        executor.add_node(node)
-        yield node, executor
-        executor.shutdown()
-        node.destroy_node()
-        context.try_shutdown()
+    with isolated_node("single_copy", tmp_path_factory.mktemp("log")) as made:
+        yield made
 
 
 def until(executor: SingleThreadedExecutor, done: Callable[[], Any]) -> None:
