@@ -177,7 +177,9 @@ def take(subscription: Any, rcl: _Rcl, missing: Missing) -> list[memoryview]:
         if single and single.has(subscription.msg_type):
             rcl.forget_error()  # an earlier one
             code, address, length = single.take(subscription.handle.pointer, rcl.allocator, into)
-            unread = [memoryview(b"")] if rcl.has_error() else []
+            if rcl.has_error():
+                unread = [memoryview(b"")]
+                rcl.forget_error()
         else:
             array = _Array(None, 0, 0, rcl.allocator)
             code = rcl.take(subscription.handle.pointer, array, into, None)
@@ -187,8 +189,6 @@ def take(subscription: Any, rcl: _Rcl, missing: Missing) -> list[memoryview]:
         rcl.forget_error()
         return unread
     rcl.check(code, "cannot take a message from", subscription)
-    if unread:
-        rcl.forget_error()
     number = int.from_bytes(info[NUMBER_AT : NUMBER_AT + 8], sys.byteorder)
     missing.taken(bytes(info[PUBLISHER_AT:PUBLISHER_END]), number)
     return [*unread, np.asarray(memory).data if memory is not None else memoryview(b"")]
