@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import disk_with
+from conftest import disk_with, write_decoder_bundle
 
 from sparserefine_ros.cli import main
 from sparserefine_ros.datasets.base import Sample
@@ -24,7 +25,7 @@ from sparserefine_ros.node.conversion import to_rgb
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
 from sparserefine_ros.segmenter.segmenter import Segmenter
 from sparserefine_ros.training.dense import DenseTask
-from sparserefine_ros.training.distill import ENSEMBLER, distill, gap_closed, summary, teach
+from sparserefine_ros.training.distill import ENSEMBLER, REPEAT, distill, gap_closed, summary, teach
 from sparserefine_ros.training.frames import evenly_spaced, read_frames, split_blocks
 from sparserefine_ros.training.loop import train
 from sparserefine_ros.training.recipe import StageRecipe
@@ -90,6 +91,25 @@ def test_a_student_comes_closer_to_its_teacher(bundle: Bundle, tmp_path: Path) -
     others = [sample._replace(image=255 - sample.image) for sample in SCENES]
     with pytest.raises(TrainingError, match="holds a run with pixels .{64}, here it is"):
         distill(bundle, others, tmp_path / "new", tmp_path / "runs", CPU, STUDENT, recall=0.9)
+
+
+def test_a_repeated_network_learns_to_do_with_less(bundle: Bundle, tmp_path: Path) -> None:
+    """It starts as the teacher, is closer to it than low resolution at once, and closer still after training."""
+    new, runs = tmp_path / "new", tmp_path / "runs"
+    before, held_out = distill(bundle, UNLABELLED_SCENES, tmp_path / "before", runs, CPU, "repeat", recall=0.95)
+    recipe = replace(REPEAT, epochs=6, lr=1e-3, ema=0.9, validate_every=100)
+    after, same = distill(bundle, UNLABELLED_SCENES, new, runs, CPU, recipe, recall=0.95)
+    assert held_out == same and before.entropy_threshold == after.entropy_threshold
+    assert before.refiner is not None and after.refiner is not None
+    assert before.refiner.args == {} and after.refiner.args == {"own": {"network": "compact", "args": DENSE.args}}
+    assert "ensembler" not in after.provenance["distilled"]
+    closed = []
+    for made in (before, after):
+        rows = compare(made, held_out, "cpu")["rows"]
+        closed.append(gap_closed(rows[LR]["agreement"], rows["LR + repeat"]["agreement"]))
+    assert 0 < closed[0] < closed[1] and closed[1] > 0.6
+    again, _ = distill(bundle, UNLABELLED_SCENES, new, runs, CPU, recipe, recall=0.95)
+    assert again == after  # resumed at its end
 
 
 def test_a_branch_trained_anew_has_a_gate_of_its_own(bundle: Bundle, tmp_path: Path) -> None:
@@ -159,7 +179,8 @@ def test_command_on_a_bag_without_training(bundle: Bundle, tmp_path: Path, capsy
             bag.write(sample.image, sample.label, 10 + sample.stamp_ns)
     output = tmp_path / "made"
     arguments = ["distill", "--model", str(bundle.path), "--frames", str(tmp_path / "bag"), "--output", str(output)]
-    assert main([*arguments, "--training-free", "--device", "cpu", "--runs", str(tmp_path / "runs")]) == 0
+    where = ["--device", "cpu", "--runs", str(tmp_path / "runs")]
+    assert main([*arguments, "--training-free", "--refiner", "sparserefine", *where]) == 0
     text = capsys.readouterr().out
     assert "4 held-out frames" in text and "of the gap closed" in text
     assert "mIoU: HR dense" in text and "LR + bilateral" in text and "SparseRefine" not in text
@@ -171,16 +192,34 @@ def test_command_on_a_bag_without_training(bundle: Bundle, tmp_path: Path, capsy
     assert "bilateral; nothing was trained; the threshold is from 16 frames without labels, 4 held out |" in card
     assert "bench bundle" not in card, "nobody knows what it was trained on"
     assert 0 < Segmenter(made, "cpu").segment([SCENES[0].image])[0].density < 1
+    assert main([*arguments, "--training-free", *where]) == 0  # its own layers, as they can be repeated
+    assert "LR + repeat" in capsys.readouterr().out
+    made = Bundle.load(output)
+    assert made.refiner is not None and made.refiner.network == "repeat"
+
+
+def test_a_network_that_cannot_be_repeated_gets_one_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_decoder_bundle(tmp_path / "superpixel", "superpixel")
+    for sample in SCENES[:5]:
+        cv2.imwrite(str(tmp_path / f"{sample.name}.png"), sample.image[..., ::-1])
+    arguments = ["distill", "--model", str(source), "--frames", str(tmp_path), "--output", str(tmp_path / "made")]
+    arguments += ["--device", "cpu", "--runs", str(tmp_path / "runs"), "--training-free"]
+    assert main([*arguments, "--refiner", "repeat"]) == 2
+    assert re.search(r"--refiner repeat is not for model .*not known at single sites; give", capsys.readouterr().err)
+    assert main(arguments) == 0
+    assert Bundle.load(tmp_path / "made").refiner.network == "bilateral"  # type: ignore[union-attr]
 
 
 def test_the_card_repeats_the_licence_and_replaces_none(bundle: Bundle, tmp_path: Path) -> None:
     source = replace(bundle, path=Path(shutil.copytree(bundle.path, tmp_path / "source")))
     (source.path / "README.md").write_text("# scenes\n\n| | |\n|---|---|\n| licence | CC-BY-4.0 (its | link) |\n")
     card = tmp_path / "made" / "README.md"
-    distill(source, UNLABELLED_SCENES, card.parent, tmp_path / "runs", CPU, None)
+    distill(source, UNLABELLED_SCENES, card.parent, tmp_path / "runs", CPU, "bilateral")
     assert "| licence | CC-BY-4.0 (its | link) |" in card.read_text()
     card.write_text("mine")
-    distill(source, UNLABELLED_SCENES, card.parent, tmp_path / "runs", CPU, None)
+    distill(source, UNLABELLED_SCENES, card.parent, tmp_path / "runs", CPU, "bilateral")
     assert card.read_text() == "mine"
 
 
@@ -244,7 +283,7 @@ def test_what_cannot_be_distilled(bundle: Bundle, tmp_path: Path, capsys: pytest
     assert not new.exists() and not runs.exists()
     other = Path(shutil.copytree(bundle.path, tmp_path / "other"))
     with pytest.raises(TrainingError, match="other holds a bundle that was not distilled; remove it or give another"):
-        distill(bundle, SCENES, other, runs, CPU, None)
+        distill(bundle, SCENES, other, runs, CPU, "bilateral")
     assert Bundle.load(other) == replace(bundle, path=other)
     arguments = ["distill", "--model", str(bundle.path), "--frames", str(tmp_path)]
     for option, value in (("--recall", "0"), ("--scale", "1.5"), ("--epochs", "0"), ("--limit", "-1")):
@@ -263,7 +302,7 @@ def test_a_bundle_stays_whole_while_the_next_is_trained(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new = tmp_path / "new"
-    made, _ = distill(bundle, SCENES, new, tmp_path / "runs", CPU, None)
+    made, _ = distill(bundle, SCENES, new, tmp_path / "runs", CPU, "bilateral")
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

@@ -341,7 +341,7 @@ def test_it_teaches_a_refiner_of_its_own(tmp_path: Path, frame: np.ndarray) -> N
     file = write(Own(), tmp_path / "own.onnx")
     bundle = import_checkpoint(file, None, CAMVID, tmp_path / "mine", SIZE, 0.5)
     frames = [Sample(np.roll(frame, 7 * i, 1), None, str(i), i) for i in range(6)]
-    made, held_out = distill(bundle, frames, tmp_path / "new", tmp_path / "runs", torch.device("cpu"), None)
+    made, held_out = distill(bundle, frames, tmp_path / "new", tmp_path / "runs", torch.device("cpu"), "bilateral")
     assert made.dense == bundle.dense and made.refiner is not None
     table = compare(made, held_out * 4, "cpu")
     assert np.isnan(table["rows"][LR]["macs_g"]) and table["rows"][LR]["ms"] > 0  # counted in torch's operations

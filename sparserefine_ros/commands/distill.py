@@ -27,9 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.9,
         help="share to select of the pixels where low and full resolution disagree, a bound on the gain (default: 0.9)",
     )
-    parser.add_argument("--epochs", type=int, default=24, help="passes over the frames (default: 24)")
     parser.add_argument(
-        "--training-free", action="store_true", help="no training: edge-aware smoothing of the uncertain pixels"
+        "--refiner",
+        choices=("auto", "repeat", "sparserefine"),
+        default="auto",
+        help="repeat: the model's own layers at the uncertain pixels of full resolution, for convolutional models; "
+        "sparserefine: a small network of its own; auto: the former where it can be (default)",
+    )
+    parser.add_argument("--epochs", type=int, help="passes over the frames (default: 6 of repeat, 24 of sparserefine)")
+    parser.add_argument(
+        "--training-free",
+        action="store_true",
+        help="no training: repeat with the weights as they are, or edge-aware smoothing where that cannot be",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=parse_path, help="folder of the new bundle (default: models/NAME-distilled)")
@@ -48,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from sparserefine_ros.node.conversion import to_rgb
     from sparserefine_ros.segmenter.bundle import Bundle
     from sparserefine_ros.segmenter.segmenter import pick_device
-    from sparserefine_ros.training.distill import RECIPE, distill, summary
+    from sparserefine_ros.training.distill import RECIPE, REPEAT, distill, summary, why_not_repeat
     from sparserefine_ros.training.frames import read_frames
 
     for name in ("recall", "scale"):
@@ -56,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and not 0 < value <= 1:
             raise ParameterError(f"--{name} {value} is out of range; give a number above 0 and at most 1")
     for name in ("epochs", "limit"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ParameterError(f"--{name} is {getattr(args, name)}; give 1 or more")
     if args.seed < 0:
         raise ParameterError(f"--seed is {args.seed}; give 0 or more")
@@ -71,9 +80,16 @@ def run(args: argparse.Namespace) -> int:
     output = args.output or Path("models") / f"{bundle.name}-distilled"
     files.check_folder(output)
     frames = read_frames(args.frames, bundle.classes, to_rgb, args.limit, args.image_topic)
-    recipe = None if args.training_free else replace(RECIPE, epochs=args.epochs)
+    reason = "" if args.refiner == "sparserefine" else why_not_repeat(bundle, device)
+    if args.refiner == "repeat" and reason:
+        raise ParameterError(f"--refiner repeat is not for model {args.model!r}: {reason}; give --refiner sparserefine")
+    repeats = args.refiner != "sparserefine" and not reason
+    recipe, free = (REPEAT, "repeat") if repeats else (RECIPE, "bilateral")
+    if args.epochs:
+        recipe = replace(recipe, epochs=args.epochs)
     bundle, held_out = distill(
-        bundle, frames, output, args.runs / output.name, device, recipe, args.recall, args.seed
+        bundle, frames, output, args.runs / output.name, device, free if args.training_free else recipe, args.recall,
+        args.seed
     )  # fmt: skip
     print(summary(compare(bundle, held_out, str(device))))
     print(f"wrote {bundle.path}; try it: sparserefine segment IMAGE --model {bundle.path}")

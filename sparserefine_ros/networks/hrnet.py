@@ -11,6 +11,7 @@ has C 2^b channels at stride 4 2^b.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +52,8 @@ class Exchange(nn.ModuleList):
         self.target = target
 
     def forward(self, xs: Sequence[Tensor]) -> Tensor:  # [B, C 2^b, h / 2^b, w / 2^b] by branch -> that of the target
-        y = torch.zeros_like(xs[self.target])
-        for path, x in zip(self, xs, strict=True):
-            y = y + _resize(path(x), y)
-        return F.relu(y)
+        parts = [_resize(path(x), xs[self.target]) for path, x in zip(self, xs, strict=True)]
+        return F.relu(reduce(torch.add, parts))
 
 
 class HRModule(nn.Module):

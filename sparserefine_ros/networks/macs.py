@@ -18,6 +18,7 @@ from sparserefine_ros.networks.bilateral import BilateralRefiner
 from sparserefine_ros.networks.patches import PatchRefiner
 from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.registry import Refiner
+from sparserefine_ros.networks.repeater import RepeatRefiner
 from sparserefine_ros.sparse import StridedConv2d, SubmanifoldConv2d, TransposedConv2d
 
 
@@ -65,11 +66,16 @@ def counting_refiner_macs(refiner: Refiner) -> Iterator[list[int]]:
     def patches(module: PatchRefiner, inputs: tuple[Any, ...], _output: Any) -> None:
         counts.append(dense_macs(lambda: module.forward(*inputs)))  # again: the dense segmenter is no part of it
 
+    def repeat(module: RepeatRefiner, inputs: tuple[Any, ...], _output: Any) -> None:
+        counts.append(dense_macs(lambda: module.forward(*inputs[:4])))  # again, with torch's products for the engine's
+
     hooks: list[Any] = []
     if isinstance(refiner, BilateralRefiner):
         hooks.append(refiner.register_forward_hook(bilateral))
     elif isinstance(refiner, PatchRefiner):
         hooks.append(refiner.register_forward_hook(patches))
+    elif isinstance(refiner, RepeatRefiner):
+        hooks.append(refiner.register_forward_hook(repeat))
     elif isinstance(refiner, SparseRefiner):
         hooks.append(refiner.unet.register_forward_hook(unet))
     for module in refiner.modules():

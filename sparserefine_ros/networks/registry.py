@@ -19,12 +19,13 @@ from sparserefine_ros.networks.patches import PatchRefiner
 from sparserefine_ros.networks.pointrend import PointRend
 from sparserefine_ros.networks.pyramid import PyramidSegmenter
 from sparserefine_ros.networks.refiner import SparseRefiner
+from sparserefine_ros.networks.repeater import RepeatRefiner
 from sparserefine_ros.networks.segformer import SegFormer
 from sparserefine_ros.networks.segformer_hub import HubSegFormer
 from sparserefine_ros.networks.segnext import SegNeXt
 from sparserefine_ros.networks.superpixel import SuperpixelTransformer
 
-Refiner: TypeAlias = SparseRefiner | BilateralRefiner | PointRend | PatchRefiner
+Refiner: TypeAlias = SparseRefiner | BilateralRefiner | PointRend | PatchRefiner | RepeatRefiner
 
 DENSE: dict[str, Callable[..., nn.Module]] = {
     "compact": CompactSegmenter,
@@ -37,11 +38,19 @@ DENSE: dict[str, Callable[..., nn.Module]] = {
     "segnext": SegNeXt,
     "superpixel": SuperpixelTransformer,
 }
+
+
+def _repeat(num_classes: int, own: Mapping[str, Any] | None = None) -> RepeatRefiner:
+    """own: ``network`` and ``args``, as a bundle writes them."""
+    return RepeatRefiner(None if own is None else build(DENSE, own["network"], num_classes, own["args"]))
+
+
 REFINERS: dict[str, Callable[..., Refiner]] = {
     "sparserefine": SparseRefiner,
     "bilateral": BilateralRefiner,
     "patches": PatchRefiner,
     "pointrend": PointRend,
+    "repeat": _repeat,
 }
 
 

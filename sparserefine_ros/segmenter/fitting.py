@@ -9,6 +9,7 @@ from sparserefine_ros.errors import BundleError, ParameterError
 from sparserefine_ros.networks.ensemblers import OracleEnsembler
 from sparserefine_ros.networks.pointrend import PointRend
 from sparserefine_ros.networks.registry import DENSE, Refiner
+from sparserefine_ros.networks.repeater import check_repeatable
 from sparserefine_ros.segmenter.bundle import ONNX, Bundle, NetworkSpec
 from sparserefine_ros.segmenter.dense import coarse_and_fine, unwrapped
 from sparserefine_ros.segmenter.refining import KINDS
@@ -33,13 +34,31 @@ def check_refiner(bundle: Bundle, refiner: Refiner, dense: nn.Module, native: Ne
             f"refiner {name!r} shows the dense segmenter parts of frames, but that of bundle {bundle.name!r} is an "
             "ONNX file for images of one size; export it anew with dynamic height and width"
         )
-    if KINDS[name].needs_maps:
-        _check_maps(bundle, name, refiner, dense, runtime)
-
-
-def _check_maps(bundle: Bundle, name: str, refiner: Refiner, dense: nn.Module, runtime: str) -> None:
-    if runtime != "torch":
+    if (KINDS[name].needs_maps or KINDS[name].needs_record) and runtime != "torch":
         raise ParameterError(f"refiner {name!r} reads features of the dense segmenter; set runtime to torch")
+    if KINDS[name].needs_maps:
+        _check_maps(bundle, name, refiner, dense)
+
+
+def check_repetition(bundle: Bundle, repeated: nn.Module, dense: nn.Module, device: torch.device) -> None:
+    """Raises BundleError unless ``repeated`` can follow ``dense``, of ``bundle``; both as `load_dense` loads them."""
+    if reason := why_not_repeatable(repeated, dense, device):
+        raise BundleError(
+            f"refiner 'repeat' cannot follow network {bundle.dense.network!r} of bundle {bundle.name!r}: {reason}; "
+            "take another refiner"
+        )
+
+
+def why_not_repeatable(repeated: nn.Module, dense: nn.Module, device: torch.device) -> str:
+    """Why ``repeated`` cannot follow ``dense``; empty where it can. Both take normalised images."""
+    try:
+        check_repeatable(dense, repeated, device)
+    except Exception as error:  # a network may stumble in any way over what is no tensor
+        return str(error) or type(error).__name__
+    return ""
+
+
+def _check_maps(bundle: Bundle, name: str, refiner: Refiner, dense: nn.Module) -> None:
     if not hasattr(unwrapped(dense), "coarse_and_fine"):
         shown = [network for network, kind in DENSE.items() if hasattr(kind, "coarse_and_fine")]
         raise BundleError(

@@ -6,6 +6,7 @@ Shape shorthand: B images of one size, K classes, C feature channels, H, W nativ
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +18,9 @@ from sparserefine_ros.networks.patches import PatchRefiner
 from sparserefine_ros.networks.pointrend import PointRend
 from sparserefine_ros.networks.points import CoarseFine
 from sparserefine_ros.networks.refiner import SparseRefiner
+from sparserefine_ros.networks.repeater import RepeatRefiner
+from sparserefine_ros.networks.repetition import Engine
+from sparserefine_ros.segmenter.dense import fold_batch_norm, ready
 from sparserefine_ros.segmenter.head import gather_initial
 from sparserefine_ros.segmenter.preprocess import normalise, normalise_pixels
 from sparserefine_ros.sparse import SiteSet
@@ -31,7 +35,8 @@ class Seen:
     native: Tensor  # [B, H, W, 3] uint8 RGB
     low: Tensor  # [B, h, w, 3] uint8 RGB: what the dense segmenter saw
     probabilities: Tensor | None  # [B, K, h, w] of the initial prediction, where the refiner's ``context`` asks for it
-    maps: CoarseFine | None  # of the dense segmenter, where the refiner's kind asks for it
+    maps: CoarseFine | None = None  # of the dense segmenter, where the refiner's kind asks for it
+    kept: Sequence[Tensor] = ()  # of `repetition.record` of the dense segmenter, where the refiner's kind asks for it
 
 
 class Refined(NamedTuple):
@@ -49,6 +54,7 @@ class Refining(ABC):
     """
 
     needs_maps = False  # reads the dense segmenter's CoarseFine
+    needs_record = False  # reads what every layer of the dense segmenter gave
     needs_native = False  # runs the dense segmenter at native resolution
 
     def __init__(self, network: Any, backend: Backend, dtype: torch.dtype, native: nn.Module | None) -> None:
@@ -133,11 +139,37 @@ class Patches(Refining):
         return Refined(sites, logits, density.tolist()) if len(sites) else None
 
 
+class Repeats(Refining):
+    """The dense segmenter's layers at native resolution, or those of a network of the same kind, at selected sites."""
+
+    network: RepeatRefiner
+    needs_record = True
+    needs_native = True
+
+    def __init__(self, network: Any, backend: Backend, dtype: torch.dtype, native: nn.Module | None) -> None:
+        super().__init__(network, backend, dtype, native)
+        self.engine = Engine(backend)
+        if self.network.own is not None:
+            device = next(self.network.own.parameters()).device
+            self.network.own = ready(fold_batch_norm(self.network.own), device, dtype)
+
+    def __call__(self, seen: Seen) -> Refined | None:
+        sites = SiteSet.from_mask(seen.selected)
+        if len(sites) == 0:
+            return None
+        pixels = seen.native.view(-1, 3)
+        logits = self.network(
+            self.native, seen.selected, lambda flat: normalise_pixels(pixels[flat]), seen.kept, self.engine
+        )
+        return Refined(sites, logits)
+
+
 KINDS: dict[str, type[Refining]] = {
     "sparserefine": Sparse,
     "bilateral": Bilateral,
     "pointrend": Points,
     "patches": Patches,
+    "repeat": Repeats,
 }
 """By the names of networks.registry.REFINERS."""
 

@@ -27,6 +27,8 @@ from sparserefine_ros.networks.graphed import Graphed
 from sparserefine_ros.networks.points import CoarseFine
 from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.registry import REFINERS, Refiner
+from sparserefine_ros.networks.repeater import RepeatRefiner
+from sparserefine_ros.networks.repetition import record
 from sparserefine_ros.networks.selectors import upsample_nearest
 from sparserefine_ros.segmenter.bundle import ONNX, Bundle, NetworkSpec
 from sparserefine_ros.segmenter.dense import (
@@ -37,7 +39,7 @@ from sparserefine_ros.segmenter.dense import (
     load_registered,
 )
 from sparserefine_ros.segmenter.engine_trial import Case, fastest
-from sparserefine_ros.segmenter.fitting import check_refiner
+from sparserefine_ros.segmenter.fitting import check_refiner, check_repetition
 from sparserefine_ros.segmenter.head import build_head
 from sparserefine_ros.segmenter.onnx_dense import OnnxDense
 from sparserefine_ros.segmenter.preprocess import low_resolution_size, normalise, resize, shrink, to_host, upload
@@ -134,15 +136,19 @@ class Segmenter:
         if self.refines and bundle.refiner is not None:
             self.refiner = load_registered(bundle, bundle.refiner, REFINERS).to(self.device)
             kind = KINDS[bundle.refiner.network]
-            tuned = bundle.native if kind.needs_native and spec is bundle.dense else None
+            own = isinstance(self.refiner, RepeatRefiner) and self.refiner.own is not None
+            needs_native = kind.needs_native and not own
+            tuned = bundle.native if needs_native and spec is bundle.dense else None
             check_refiner(bundle, self.refiner, self.dense, tuned or spec, self.runtime)
             if sparse_backend == "auto" and isinstance(self.refiner, SparseRefiner):
                 args, size = bundle.refiner.args, bundle.native_size
                 backend = fastest(Case(len(self.classes), args, size, str(self.device), precision))
             native: Any = None
-            if kind.needs_native:
+            if needs_native:
                 native = load_dense(bundle, tuned, self.device, precision).module if tuned else self.dense
             self.refining = kind(self.refiner, backend, PRECISIONS[precision], native)
+            if isinstance(self.refiner, RepeatRefiner):
+                check_repetition(bundle, self.refiner.own or native, self.dense, self.device)
         self.sparse_backend = backend.name
         self.head = build_head(self.refiner, self.device)
         captured = self.runtime == "torch_graph"  # for who asks: not yet run on a GPU
@@ -259,12 +265,16 @@ class Segmenter:
             native = upload(images, self.device) if on_gpu or refine else None
             low = None if on_gpu else upload([resize(image, self.low_size(size)) for image in images], self.device)
         maps: CoarseFine | None = None
+        kept: Sequence[Tensor] = ()
         with clock("dense"), self._naming(size):
-            if refine and self.refining is not None and self.refining.needs_maps:
+            if refine and self.refining is not None and (self.refining.needs_maps or self.refining.needs_record):
                 assert native is not None
                 low = shrink(native, self.low_size(size)) if low is None else low
-                maps = coarse_and_fine(self.dense, normalise(low))
-                logits = F.interpolate(maps.coarse, low.shape[1:3], mode="bilinear", align_corners=False)
+                if self.refining.needs_record:
+                    logits, kept = record(self.dense, normalise(low))
+                else:
+                    maps = coarse_and_fine(self.dense, normalise(low))
+                    logits = F.interpolate(maps.coarse, low.shape[1:3], mode="bilinear", align_corners=False)
             elif low is None:
                 assert native is not None
                 low, logits = self.shrunk_and_seen(native)
@@ -281,7 +291,7 @@ class Segmenter:
             with clock("select"):
                 selected = upsample_nearest(initial.entropy > threshold, size)  # bool [B, H, W]
                 density = selected.flatten(1).float().mean(1)
-            seen = Seen(selected, native, low, initial.probabilities, maps)
+            seen = Seen(selected, native, low, initial.probabilities, maps, kept)
             refined, worked_on = self._refine(seen, logits, mask, confidence, clock)
             finite = torch.as_tensor(refined)
             density = density if worked_on is None else torch.tensor(worked_on)

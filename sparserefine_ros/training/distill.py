@@ -1,8 +1,9 @@
 """A refiner without labels: the same model at full resolution teaches it (Hinton et al., 2015, with hard targets).
 
 The dense segmenter at scale 1 (HR) is the teacher. The student is the dense segmenter at low resolution (LR), frozen,
-with a new refiner on its uncertain pixels. The teacher's masks are computed once and kept as class ids: a byte a pixel,
-where soft targets would take K floats.
+with a refiner on its uncertain pixels: where the dense segmenter is of a kind that can be repeated at single sites, a
+copy of itself, that learns from the teacher as it goes (`training.repetition`); else a new sparse network. For the
+latter the teacher's masks are computed once and kept as class ids: a byte a pixel, where soft targets take K floats.
 
 How much of the way from LR to HR the student went is measured by agreement, the share of pixels whose class is HR's.
 HR agrees with itself everywhere, hence
@@ -30,10 +31,11 @@ from sparserefine_ros.errors import TrainingError
 from sparserefine_ros.evaluation.calibration import DensityRecall, density_recall, draw, four_digits
 from sparserefine_ros.evaluation.compare import HR, LR
 from sparserefine_ros.evaluation.compare import frames as in_words
-from sparserefine_ros.networks.bilateral import BilateralRefiner
-from sparserefine_ros.networks.registry import REFINERS, build
+from sparserefine_ros.networks.registry import DENSE, REFINERS, build
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
 from sparserefine_ros.segmenter.bundle_files import read_model_yaml
+from sparserefine_ros.segmenter.dense import load_registered
+from sparserefine_ros.segmenter.fitting import why_not_repeatable
 from sparserefine_ros.segmenter.segmenter import Segmenter
 from sparserefine_ros.training.bundle import copy_dense, stage_summary, weights_digest
 from sparserefine_ros.training.card import write_distilled_card
@@ -43,6 +45,7 @@ from sparserefine_ros.training.frames import split_blocks
 from sparserefine_ros.training.loop import train
 from sparserefine_ros.training.recipe import StageRecipe
 from sparserefine_ros.training.refiner import RefinerTask
+from sparserefine_ros.training.repetition import RepetitionTask
 from sparserefine_ros.untrusted import read_text
 from sparserefine_ros.whole_files import write_whole
 
@@ -58,6 +61,11 @@ RECIPE = StageRecipe(
     epochs=24, batch=4, crop=(512, 1024), scale=(0.85, 1.2), lr=2e-3, ema=0.99, class_weight_power=0.0,
     validate_every=4,
 )  # fmt: skip
+REPEAT = StageRecipe(
+    "repeat", epochs=6, batch=1, crop=(512, 1024), scale=(0.85, 1.2), lr=2e-5, ema=0.99, class_weight_power=0.0,
+    validate_every=2,
+)  # fmt: skip
+"""The student is its teacher already: small steps, and few of them."""
 ENSEMBLER = replace(RECIPE, network="gated", args={}, epochs=2, batch=2, lr=3e-3, validate_every=1)
 """The gate, anew on the finished branch: see `training.ensembler`."""
 
@@ -79,20 +87,24 @@ class GateAgreement(Agreement, EnsemblerTask):
     """The same of the ensembler alone."""
 
 
+class RepetitionAgreement(Agreement, RepetitionTask):
+    """The same of a network that is repeated; the masks serve for the figure of merit alone."""
+
+
 def distill(
     bundle: Bundle,
     frames: Sequence[Sample],
     folder: Path,
     runs: Path,
     device: torch.device,
-    recipe: StageRecipe | None = RECIPE,
+    recipe: StageRecipe | str = RECIPE,
     recall: float = 0.9,
     seed: int = 0,
 ) -> tuple[Bundle, list[Sample]]:
     """Trains a refiner for ``bundle`` on ``frames``, whose labels are ignored, and writes a new bundle into ``folder``.
 
-    recipe: where its crop is larger than the frames, theirs is taken. None trains nothing: the refiner is then a
-        `BilateralRefiner`, and the frames serve for the threshold.
+    recipe: of network "repeat" or "sparserefine"; where its crop is larger than the frames, theirs is taken. A name
+        trains nothing, and the frames serve for the threshold: "repeat", or "bilateral".
     recall: share of the pixels where LR and HR disagree that the entropy threshold is chosen for.
 
     Returns the new bundle and the held-out frames, as they came in. ``runs`` keeps what a second call goes on from.
@@ -110,7 +122,7 @@ def distill(
         raise TrainingError(f"{folder} holds a bundle that was not distilled; remove it or give another --output")
     train_at, held_at = split_blocks(len(frames))
     source, bundle = bundle, replace(bundle, refiner=None)
-    if recipe:
+    if isinstance(recipe, StageRecipe):
         _claim(runs, bundle, frames, recall, seed)
 
     taught = teach(bundle, frames, device)
@@ -121,13 +133,18 @@ def distill(
         "teacher": "native" if bundle.native else "dense", "frames": {"train": len(train_at), "held_out": len(held_at)},
         "torch": str(torch.__version__),
     }  # fmt: skip
-    if recipe is None:
+    if isinstance(recipe, str):
         bundle = copy_dense(bundle, folder)
-        spec = save_network(folder, BilateralRefiner(len(bundle.classes)), "bilateral", {}, "refiner.safetensors")
+        spec = save_network(folder, build(REFINERS, recipe, len(bundle.classes), {}), recipe, {}, "refiner.safetensors")
     else:
+        if recipe.network == "repeat":
+            repeated = bundle.native or bundle.dense
+            recipe = replace(recipe, args={"own": {"network": repeated.network, "args": repeated.args}})
         refiner = _train(bundle, train_frames, held_frames[:VALIDATION_FRAMES], recipe, runs, seed, device)
         bundle = copy_dense(bundle, folder)  # not before: what lies there stays whole while it trains
-        facts |= {"seed": seed, "refiner": stage_summary(recipe), "ensembler": stage_summary(ENSEMBLER)}
+        facts |= {"seed": seed, "refiner": stage_summary(recipe)}
+        if recipe.network != "repeat":
+            facts["ensembler"] = stage_summary(ENSEMBLER)
         spec = save_network(folder, refiner, recipe.network, recipe.args, "refiner.safetensors")
         draw_curves(runs / "refiner.jsonl", folder / "refiner_training.png")
     bundle = replace(bundle, refiner=spec, provenance={**bundle.provenance, "distilled": facts})
@@ -135,6 +152,12 @@ def distill(
     draw(curve, bundle.entropy_threshold, f"{bundle.name}: where LR and HR disagree", folder / "density_recall.png")
     write_distilled_card(bundle, source)
     return bundle, [frames[i] for i in held_at]
+
+
+def why_not_repeat(bundle: Bundle, device: torch.device) -> str:
+    """Why the dense segmenter of ``bundle`` cannot be its own refiner; empty where it can."""
+    teacher, student = (Segmenter(bundle, str(device), refine=False, scale=scale).dense for scale in (1.0, None))
+    return why_not_repeatable(teacher, student, device)
 
 
 def _is_distilled(folder: Path) -> bool:
@@ -164,18 +187,23 @@ def _train(
     seed: int,
     device: torch.device,
 ) -> nn.Module:
-    """The branch, then its gate."""
+    """A copy of the teacher; or a new branch, then its gate."""
     torch.manual_seed(seed)
     refiner: Any = build(REFINERS, recipe.network, len(bundle.classes), recipe.args)
-    with torch.no_grad():  # starts out saying nothing: an untrained student is LR
-        refiner.classifier.weight.zero_()
-        refiner.classifier.bias.zero_()
     height, width = train_frames[0].image.shape[:2]
     branch, gate = (
         replace(stage, crop=(min(height, stage.crop[0]), min(width, stage.crop[1]))) for stage in (recipe, ENSEMBLER)
     )
     frames = (Segmenter(bundle, str(device)).dense, bundle.classes, train_frames, held_frames)
     setting = (bundle.scale, bundle.entropy_threshold, device)
+    if recipe.network == "repeat":
+        refiner.own.load_state_dict(load_registered(bundle, bundle.native or bundle.dense, DENSE).state_dict())
+        teacher = Segmenter(bundle, str(device), scale=1.0).dense
+        repeating = RepetitionAgreement(refiner, teacher, *frames, branch, *setting)
+        return train(repeating, branch, runs, "refiner", seed, device)
+    with torch.no_grad():  # starts out saying nothing: an untrained student is LR
+        refiner.classifier.weight.zero_()
+        refiner.classifier.bias.zero_()
     refiner = train(Agreement(refiner, *frames, branch, *setting), branch, runs, "refiner", seed, device)
     torch.manual_seed(seed)  # the same gate where the branch was finished by an earlier call
     task = GateAgreement(refiner, *frames, gate, *setting)

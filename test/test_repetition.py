@@ -1,0 +1,328 @@
+"""Sparse repetition against the same network on whole maps, in float64, where each map is put together before use."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from sparserefine_ros.errors import BundleError, ParameterError
+from sparserefine_ros.networks.compact import CompactSegmenter
+from sparserefine_ros.networks.hrnet import HRNet
+from sparserefine_ros.networks.macs import counting_refiner_macs, dense_macs
+from sparserefine_ros.networks.registry import REFINERS, build
+from sparserefine_ros.networks.repeater import RepeatRefiner, check_repeatable
+from sparserefine_ros.networks.repetition import OPERATIONS, Engine, NotRepeatableError, record, repeat
+from sparserefine_ros.segmenter.bundle import Bundle, save_network
+from sparserefine_ros.segmenter.dense import fold_batch_norm
+from sparserefine_ros.segmenter.fitting import check_refiner
+from sparserefine_ros.segmenter.segmenter import Segmenter
+from sparserefine_ros.sparse.backends import BACKENDS, backend_class, pick_backend
+from sparserefine_ros.training.bundle import copy_dense
+
+CPU = torch.device("cpu")
+K = 5
+
+
+def compact() -> nn.Module:
+    return CompactSegmenter(K, (8, 12, 16, 16), (1, 2, 2))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"compact": compact, "hrnet": lambda: HRNet(K, 18)}
+
+
+def made(network: nn.Module, seed: int = 0) -> nn.Module:
+    """In float64 and evaluation mode, with statistics that are not 0 and 1."""
+    torch.manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.5, 2)
+        if isinstance(module, nn.ReLU):
+            module.inplace = False  # what the reference compares stays what it was
+    return network.double().eval()
+
+
+def images(size: tuple[int, int], batch: int = 1, seed: int = 0) -> Tensor:
+    return torch.randn(batch, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def colours_of(native: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda flat: native.permute(0, 2, 3, 1).reshape(-1, 3)[flat]
+
+
+def small(native: Tensor, scale: float) -> Tensor:
+    size = [max(1, round(side * scale)) for side in native.shape[2:]]
+    return F.interpolate(native, size, mode="bilinear", align_corners=False)
+
+
+class PutTogether(TorchFunctionMode):
+    """Every operation on whole maps at native resolution, reading sites that are not active from low resolution."""
+
+    def __init__(self, selected: Tensor, kept: list[Tensor]) -> None:
+        super().__init__()
+        self.selected, self.kept = selected, iter(kept)
+        self.low: dict[int, tuple[Tensor, Tensor]] = {}  # by map; those of images and pooled maps are missing
+
+    def read(self, x: Tensor) -> Tensor:
+        if id(x) not in self.low:
+            return x
+        size = x.shape[2:]
+        same = size == self.selected.shape[1:]
+        active = self.selected if same else F.adaptive_max_pool2d(self.selected.double(), size) > 0
+        enlarged = F.interpolate(self.low[id(x)][1], size, mode="bilinear", align_corners=False)
+        return torch.where(active[:, None], x, enlarged)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name not in OPERATIONS:
+            return func(*args, **(kwargs or {}))
+        if name == "batch_norm":  # a part of the convolution before it, in these networks
+            result = func(*args, **(kwargs or {}))
+            self.low[id(result)] = (result, self.low[id(args[0])][1])
+            return result
+        low = next(self.kept)
+        spatial = name in ("interpolate", "adaptive_avg_pool2d") or (name == "conv2d" and args[1].shape[2] > 1)
+        strided = name == "conv2d" and args[3] not in (1, (1, 1))
+        whole = all(id(x) not in self.low for x in args if isinstance(x, Tensor)) and name != "cat"
+        x = self.read(args[0]) if spatial or strided else args[0]
+        result = func(x, *args[1:], **(kwargs or {}))
+        pooled = name == "adaptive_avg_pool2d" or (whole and args[0].shape[1] != 3 and name != "interpolate")
+        if not pooled:
+            self.low[id(result)] = (result, low)  # the map is kept too, so that its id stays its own
+        return result
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("size", "batch"), [((64, 96), 1), ((75, 101), 2)])
+@torch.no_grad()
+def test_all_pixels_selected_is_the_network_at_native_resolution(name: str, size: tuple[int, int], batch: int) -> None:
+    network, native = made(NETWORKS[name]()), images(size, batch)
+    logits, kept = record(network, small(native, 0.5))
+    torch.testing.assert_close(logits, network(small(native, 0.5)), rtol=0, atol=0)
+    answer = repeat(network, torch.ones(batch, *size, dtype=torch.bool), colours_of(native), kept)
+    expected = network(native)
+    torch.testing.assert_close(answer, expected.permute(0, 2, 3, 1).reshape(-1, K), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("scale", [0.5, 0.3])
+@pytest.mark.parametrize("share", [0.0, 0.002, 0.3])
+@torch.no_grad()
+def test_some_pixels_selected(name: str, scale: float, share: float) -> None:
+    size = (70, 93)
+    network, native = made(NETWORKS[name]()), images(size, 2)
+    selected = torch.rand(2, *size, generator=torch.Generator().manual_seed(1)) < share
+    _, kept = record(network, small(native, scale))
+    answer = repeat(network, selected, colours_of(native), kept)
+    with PutTogether(selected, kept):
+        whole = network(native)
+    expected = whole.permute(0, 2, 3, 1)[selected]
+    torch.testing.assert_close(answer, expected, rtol=1e-5, atol=1e-6)
+    if 0 < share < 0.3:  # what low resolution stands in for does matter
+        assert (answer - network(native).permute(0, 2, 3, 1)[selected]).abs().max() > 1e-3
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(9, 40), st.integers(9, 40), st.integers(1, 2), st.sampled_from([1, 3]), st.integers(1, 3),
+    st.integers(0, 3), st.integers(1, 3), st.floats(0, 1), st.integers(0, 99),
+)  # fmt: skip
+@torch.no_grad()
+def test_a_convolution_of_any_form(
+    height: int, width: int, batch: int, kernel: int, stride: int, padding: int, dilation: int, share: float, seed: int
+) -> None:
+    """Between one that makes sites of pixels and the way back to their size."""
+    padding = min(padding, dilation * (kernel // 2))  # no output lies where nothing is read
+    torch.manual_seed(seed)
+
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 4, 3, padding=1)
+            self.middle = nn.Conv2d(4, 6, kernel, stride, padding, dilation)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.middle(F.relu(self.first(x))))
+            return F.interpolate(y, x.shape[-2:], mode="bilinear", align_corners=False)
+
+    network, native = Small().double(), images((height, width), batch, seed)
+    selected = torch.rand(batch, height, width) < share
+    _, kept = record(network, small(native, 0.8))
+    answer = repeat(network, selected, colours_of(native), kept)
+    with PutTogether(selected, kept):
+        whole = network(native)
+    torch.testing.assert_close(answer, whole.permute(0, 2, 3, 1)[selected], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients(name: str) -> None:
+    """Of every weight, as autograd has them on whole maps."""
+    size = (48, 64)
+    network, native = made(NETWORKS[name]()), images(size)
+    selected = torch.rand(1, *size, generator=torch.Generator().manual_seed(1)) < 0.05
+    with torch.no_grad():
+        _, kept = record(network, small(native, 0.5))
+    weights = torch.randn(int(selected.sum()), K, dtype=torch.float64)
+    (repeat(network, selected, colours_of(native), kept) * weights).sum().backward()
+    found = {key: p.grad for key, p in network.named_parameters()}
+    network.zero_grad()
+    with PutTogether(selected, kept):
+        whole = network(native)
+    (whole.permute(0, 2, 3, 1)[selected] * weights).sum().backward()
+    for key, p in network.named_parameters():
+        got, expected = found[key], p.grad
+        assert got is not None and expected is not None and expected.abs().max() > 0, key
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()), msg=key)
+
+
+@pytest.mark.parametrize("name", [n for n in BACKENDS if backend_class(n).missing(CPU) is None])
+@torch.inference_mode()
+def test_every_engine(name: str) -> None:
+    network, native = made(compact()).float(), images((48, 64), 2).float()
+    selected = torch.rand(2, 48, 64, generator=torch.Generator().manual_seed(1)) < 0.1
+    _, kept = record(network, small(native, 0.5))
+    engine = Engine(pick_backend(name, CPU, torch.float32))
+    for _ in range(2):  # the second time with weights that are packed already
+        answer = repeat(network, selected, colours_of(native), kept, engine)
+    expected = repeat(network, selected, colours_of(native), kept)
+    torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-5)
+
+
+class Doing(nn.Module):
+    def __init__(self, what: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.what, self.conv = what, nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.what(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        (lambda x: x.flatten(2), "'flatten' of a map is not known at single sites"),
+        (lambda x: F.layer_norm(x, x.shape[1:]), "layer_norm is not known at single sites"),
+        (lambda x: F.max_pool2d(x, 2), "max_pool2d is not known|boolean_dispatch"),
+        (lambda x: F.conv2d(x, torch.ones(4, 1, 3, 3), groups=4), "convolution of 3x3 in 4 groups is not known"),
+        (lambda x: F.conv2d(x, torch.ones(4, 4, 7, 7)), "convolution of 7x7 in 1 group is not known"),
+        (lambda x: F.conv2d(x, torch.ones(4, 4, 3, 3), stride=(1, 2)), r"stride, padding or dilation \(1, 2\)"),
+        (lambda x: F.interpolate(x, x.shape[-2:]), "interpolate with mode 'nearest', align_corners None"),
+        (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), "scale_factor 2"),
+        (lambda x: F.relu(x) + F.adaptive_avg_pool2d(x, 1), "add of maps of different kinds"),
+        (lambda x: F.interpolate(x, (9, 9), mode="bilinear"), "logits of another size than the images"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_repeated_is_named(what: Callable[[Any], Any], why: str) -> None:
+    network = Doing(what)
+    with pytest.raises((NotRepeatableError, AttributeError), match=why):
+        check_repeatable(network, network, CPU)
+
+
+def test_networks_of_other_classes_do_not_follow() -> None:
+    with pytest.raises(ValueError, match="4 classes where the dense segmenter has 5"):
+        check_repeatable(compact().eval(), CompactSegmenter(4, (8, 12, 16, 16), (1, 2, 2)).eval(), CPU)
+
+
+@pytest.fixture
+def repeating(tiny_bundle: Path, tmp_path: Path) -> Bundle:
+    """The tiny bundle, its dense segmenter as its own refiner."""
+    bundle = copy_dense(Bundle.load(str(tiny_bundle)), tmp_path)
+    spec = save_network(tmp_path, RepeatRefiner(), "repeat", {}, "refiner.safetensors")
+    bundle = replace(bundle, refiner=spec)
+    bundle.save()
+    return Bundle.load(str(tmp_path))
+
+
+def noise(size: tuple[int, int], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_in_the_pipeline(repeating: Bundle, temperature: float) -> None:
+    """With all pixels refined the mask is that of HR dense; with none, that of LR; the batch makes no difference."""
+    bundle = replace(repeating, temperature=temperature)
+    frames = [noise((60, 82), seed) for seed in range(2)]
+    hr = Segmenter(bundle, "cpu", refine=False, scale=1.0).segment(frames)
+    lr = Segmenter(bundle, "cpu", refine=False).segment(frames)
+    segmenter = Segmenter(bundle, "cpu", entropy_threshold=0.0)
+    for index, result in enumerate(segmenter.segment(frames)):
+        assert result.density == 1.0
+        np.testing.assert_array_equal(result.mask, hr[index].mask)
+        assert np.abs(result.confidence.astype(int) - hr[index].confidence).max() <= 1
+        np.testing.assert_array_equal(result.mask, segmenter.segment([frames[index]])[0].mask)
+    segmenter.entropy_threshold = float(np.log(len(bundle.classes)))
+    assert all(
+        result.density == 0 and (result.mask == low.mask).all()
+        for result, low in zip(segmenter.segment(frames), lr, strict=True)
+    )
+    segmenter.entropy_threshold = float(np.median(lr[0].low_entropy))
+    some = segmenter.segment(frames[:1])[0]
+    outside = some.entropy <= segmenter.entropy_threshold
+    assert 0.2 < some.density < 0.8 and (some.mask[outside] == lr[0].mask[outside]).all()
+    assert (some.mask == hr[0].mask).mean() > (lr[0].mask == hr[0].mask).mean()
+
+
+def test_multiply_adds(repeating: Bundle) -> None:
+    segmenter = Segmenter(repeating, "cpu", entropy_threshold=0.0)
+    with counting_refiner_macs(segmenter.refiner) as counts:  # type: ignore[arg-type]
+        segmenter.segment([noise((64, 96))])
+    whole = dense_macs(lambda: segmenter.dense(torch.zeros(1, 3, 64, 96)))
+    assert whole <= sum(counts) <= 1.02 * whole  # the border's zeros are multiplied too
+
+
+def test_weights_of_its_own(tiny_bundle: Path, tmp_path: Path) -> None:
+    """`own` runs in the place of the bundle's network, and is checked against it when it is loaded."""
+    bundle = copy_dense(Bundle.load(str(tiny_bundle)), tmp_path)
+    own = {"network": bundle.dense.network, "args": bundle.dense.args}
+    torch.manual_seed(3)
+    refiner = build(REFINERS, "repeat", len(bundle.classes), {"own": own})
+    bundle = replace(bundle, refiner=save_network(tmp_path, refiner, "repeat", {"own": own}, "refiner.safetensors"))
+    segmenter = Segmenter(bundle, "cpu", entropy_threshold=0.0)
+    frame = noise((60, 82))
+    with torch.inference_mode():
+        pixels = (torch.from_numpy(frame).float() / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
+            [0.229, 0.224, 0.225]
+        )
+        loaded = build(REFINERS, "repeat", len(bundle.classes), {"own": own}).own
+        loaded.load_state_dict({k: v.half().float() if v.ndim > 1 else v for k, v in refiner.own.state_dict().items()})
+        expected = loaded.eval()(pixels.permute(2, 0, 1)[None]).argmax(1)[0]
+    assert (segmenter.segment([frame])[0].mask == expected.numpy()).mean() > 0.999
+    other = {"network": "compact", "args": {"widths": [8, 8, 8, 8], "depths": [2, 2, 3]}}
+    refiner = build(REFINERS, "repeat", len(bundle.classes), {"own": other})
+    bundle = replace(bundle, refiner=save_network(tmp_path, refiner, "repeat", {"own": other}, "other.safetensors"))
+    with pytest.raises(BundleError, match="'repeat' cannot follow network 'compact' of bundle .*; take another"):
+        Segmenter(bundle, "cpu")
+
+
+def test_other_runtimes_are_refused(repeating: Bundle) -> None:
+    segmenter = Segmenter(repeating, "cpu")
+    assert segmenter.refiner is not None
+    with pytest.raises(ParameterError, match="'repeat' reads features of the dense segmenter; set runtime to torch"):
+        check_refiner(repeating, segmenter.refiner, segmenter.dense, repeating.dense, "torch_compile")
+
+
+@torch.no_grad()
+def test_folded_and_not() -> None:
+    """A network whose batch normalisation is not folded follows one whose is, and the other way round."""
+    network, native = made(compact()), images((48, 64))
+    folded = fold_batch_norm(copy.deepcopy(network))
+    selected = torch.rand(1, 48, 64, generator=torch.Generator().manual_seed(1)) < 0.05
+    answers = []
+    for dense in (network, folded):
+        _, kept = record(dense, small(native, 0.5))
+        answers += [repeat(repeated, selected, colours_of(native), kept) for repeated in (network, folded)]
+    for answer in answers[1:]:
+        torch.testing.assert_close(answer, answers[0], rtol=1e-8, atol=1e-10)
