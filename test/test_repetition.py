@@ -23,12 +23,15 @@ from sparserefine_ros.networks.hrnet import HRNet
 from sparserefine_ros.networks.macs import counting_refiner_macs, dense_macs
 from sparserefine_ros.networks.registry import REFINERS, build
 from sparserefine_ros.networks.repeater import RepeatRefiner, check_repeatable
-from sparserefine_ros.networks.repetition import OPERATIONS, Engine, NotRepeatableError, record, repeat
+from sparserefine_ros.networks.repetition import OPERATIONS, NotRepeatableError, record, repeat
+from sparserefine_ros.networks.repetition_cpu import BLOCKS_OF, CpuEngine
+from sparserefine_ros.networks.repetition_tables import Engine, Grid, Sites
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
 from sparserefine_ros.segmenter.dense import fold_batch_norm
 from sparserefine_ros.segmenter.fitting import check_refiner
 from sparserefine_ros.segmenter.segmenter import Segmenter
 from sparserefine_ros.sparse.backends import BACKENDS, backend_class, pick_backend
+from sparserefine_ros.sparse.backends.cpu import CpuBackend
 from sparserefine_ros.training.bundle import copy_dense
 
 CPU = torch.device("cpu")
@@ -40,6 +43,7 @@ def compact() -> nn.Module:
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"compact": compact, "hrnet": lambda: HRNet(K, 18)}
+WIDE = (16, 24, 32, 32)  # channels enough for the CPU's blocks
 
 
 def made(network: nn.Module, seed: int = 0) -> nn.Module:
@@ -188,17 +192,73 @@ def test_gradients(name: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()), msg=key)
 
 
-@pytest.mark.parametrize("name", [n for n in BACKENDS if backend_class(n).missing(CPU) is None])
+ENGINES = {name: Engine for name in BACKENDS if backend_class(name).missing(CPU) is None}
+if "cpu" in ENGINES:
+    ENGINES["cpu, with tables in C"] = CpuEngine  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("share", [0.1, 0.0])
 @torch.inference_mode()
-def test_every_engine(name: str) -> None:
-    network, native = made(compact()).float(), images((48, 64), 2).float()
-    selected = torch.rand(2, 48, 64, generator=torch.Generator().manual_seed(1)) < 0.1
+def test_every_engine(name: str, share: float) -> None:
+    """On sites that fill 2x2 blocks, as those of a selection made at low resolution do, and on others."""
+    network, native = made(CompactSegmenter(K, WIDE, (1, 2, 2))).float(), images((51, 64), 2).float()
+    selected = torch.rand(2, 51, 64, generator=torch.Generator().manual_seed(1)) < share / 2
+    selected |= F.interpolate(selected[:, None, ::4, ::4].float(), (51, 64))[:, 0] > 0
     _, kept = record(network, small(native, 0.5))
-    engine = Engine(pick_backend(name, CPU, torch.float32))
+    engine = ENGINES[name](pick_backend(name.split(",")[0], CPU, torch.float32))  # type: ignore[arg-type]
     for _ in range(2):  # the second time with weights that are packed already
         answer = repeat(network, selected, colours_of(native), kept, engine)
     expected = repeat(network, selected, colours_of(native), kept)
     torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif("cpu" not in ENGINES, reason="no C compiler")
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 23), st.integers(1, 23), st.integers(1, 2), st.floats(0, 1), st.integers(1, 3), st.integers(0, 99)
+)  # fmt: skip
+@torch.inference_mode()
+def test_convolutions_by_blocks(height: int, width: int, batch: int, share: float, grain: int, seed: int) -> None:
+    """Sites of every shape, and what lies beyond them, against the same layer without blocks."""
+    torch.manual_seed(seed)
+    coarse = torch.rand(batch, -(-height // grain), -(-width // grain)) < share
+    active = coarse.repeat_interleave(grain, 1).repeat_interleave(grain, 2)[:, :height, :width]
+    grid, engine = Grid(active), CpuEngine(CpuBackend())
+    found, table = engine.under(grid, grid, BLOCKS_OF)
+    with_blocks = engine.kernel_map(grid, found, table, BLOCKS_OF)
+    without = Engine.kernel_map(engine, grid, found, table, BLOCKS_OF)
+    assert with_blocks.n_in == without.n_in == grid.sites.total + found.beyond.total
+    rows, weight, bias = torch.randn(without.n_in, 16), torch.randn(24, 16, 3, 3), torch.randn(24)
+    expected = engine.conv(rows, weight, bias, without)
+    torch.testing.assert_close(engine.conv(rows, weight, bias, with_blocks), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(table, Engine.under(Engine(), grid, grid, BLOCKS_OF)[1], rtol=0, atol=0)
+
+
+@pytest.mark.skipif("cpu" not in ENGINES, reason="no C compiler")
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 20), st.integers(1, 20), st.integers(1, 30), st.integers(1, 30), st.floats(0, 1), st.integers(1, 40),
+    st.integers(0, 99),
+)  # fmt: skip
+@torch.inference_mode()
+def test_interpolation_in_c(h: int, w: int, height: int, width: int, share: float, channels: int, seed: int) -> None:
+    """Against F.interpolate of the whole map, and what it reads against torch's."""
+    torch.manual_seed(seed)
+    low, sites = torch.randn(2, channels, h, w), Sites.of(torch.rand(2, height, width) < share)
+    rows = low.permute(0, 2, 3, 1).reshape(-1, channels)
+    whole = F.interpolate(low, (height, width), mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
+    in_c = CpuEngine(CpuBackend()).corners(sites, (height, width), (h, w), torch.float32)
+    in_torch = Engine().corners(sites, (height, width), (h, w), torch.float32)
+    read, expected = torch.zeros(2, len(rows), dtype=torch.bool)
+    in_c.mark(read)
+    in_torch.mark(expected)
+    assert torch.equal(read, expected)
+    order = torch.randperm(len(rows), dtype=torch.int32)
+    shuffled = torch.empty_like(rows).index_copy_(0, order.long(), rows)
+    for corners in (in_c, in_torch):
+        torch.testing.assert_close(corners.blend(rows), whole[tuple(sites)], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(corners.through(order).blend(shuffled), whole[tuple(sites)], rtol=1e-4, atol=1e-5)
 
 
 class Doing(nn.Module):

@@ -7,24 +7,28 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sparserefine_ros.native import NativeError
 from sparserefine_ros.networks.graphed_unet import GraphedUNet
 from sparserefine_ros.networks.patches import PatchRefiner
 from sparserefine_ros.networks.pointrend import PointRend
 from sparserefine_ros.networks.points import CoarseFine
 from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.repeater import RepeatRefiner
-from sparserefine_ros.networks.repetition import Engine
+from sparserefine_ros.networks.repetition_cpu import CpuEngine
+from sparserefine_ros.networks.repetition_tables import Engine
 from sparserefine_ros.segmenter.dense import fold_batch_norm, ready
 from sparserefine_ros.segmenter.head import gather_initial
 from sparserefine_ros.segmenter.preprocess import normalise, normalise_pixels
 from sparserefine_ros.sparse import SiteSet
 from sparserefine_ros.sparse.backends import Backend
+from sparserefine_ros.sparse.backends.cpu import CpuBackend
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ class Repeats(Refining):
 
     def __init__(self, network: Any, backend: Backend, dtype: torch.dtype, native: nn.Module | None) -> None:
         super().__init__(network, backend, dtype, native)
-        self.engine = Engine(backend)
+        self.engine = _engine(backend)
         if self.network.own is not None:
             device = next(self.network.own.parameters()).device
             self.network.own = ready(fold_batch_norm(self.network.own), device, dtype)
@@ -162,6 +166,14 @@ class Repeats(Refining):
             self.native, seen.selected, lambda flat: normalise_pixels(pixels[flat]), seen.kept, self.engine
         )
         return Refined(sites, logits)
+
+
+def _engine(backend: Backend) -> Engine:
+    """The fastest on ``backend``."""
+    if isinstance(backend, CpuBackend):
+        with suppress(NativeError):  # what compiled the backend may not be there any more
+            return CpuEngine(backend)
+    return Engine(backend)
 
 
 KINDS: dict[str, type[Refining]] = {

@@ -44,7 +44,7 @@ class _Layer(ctypes.Structure):
     """As ``struct layer`` in cpu_conv.c."""
 
     _fields_ = [
-        ("x", c_void_p), ("x_stride", c_int64), ("n_in", c_int64),
+        ("x", c_void_p), ("x_stride", c_int64), ("n_in", c_int64), ("n_out", c_int64),
         ("table", c_void_p), ("rows", c_void_p), ("taps_count", c_int64), ("taps", c_int64 * TAPS),
         ("cin", c_int64), ("cout", c_int64), ("c2", c_int64),
         ("weight", c_void_p), ("x2", c_void_p), ("x2_stride", c_int64), ("weight2", c_void_p),
@@ -77,6 +77,7 @@ class BlockMap(KernelMap):
     """A submanifold map that also knows its sites by 2x2 blocks.
 
     patches: [blocks, 16] int32 input rows of the 4x4 patch around each block that holds a site, Ni where there is none.
+        Rows from No on are read and not written: the first No of the input's are the output's.
     """
 
     patches: Tensor
@@ -140,7 +141,7 @@ class CpuBackend(Backend):
         if len(self._zeros) < packed.cin:
             self._zeros = torch.zeros(packed.cin)
         layer = _Layer(
-            x=x.data_ptr(), x_stride=x.stride(0), n_in=kernel_map.n_in,
+            x=x.data_ptr(), x_stride=x.stride(0), n_in=kernel_map.n_in, n_out=kernel_map.n_out,
             cin=packed.cin, cout=packed.cout, c2=packed.c2, weight=packed.weight.data_ptr(),
             weight2=address(packed.shortcut), x2=address(shortcut), x2_stride=_stride(shortcut),
             add=address(add), add_stride=_stride(add), zeros=self._zeros.data_ptr(), outputs_count=len(outputs),

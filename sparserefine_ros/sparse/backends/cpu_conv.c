@@ -49,7 +49,7 @@ struct output {
 
 struct layer {
     const float *x;
-    int64_t x_stride, n_in;
+    int64_t x_stride, n_in, n_out;  // the first n_out rows of a submanifold layer's input are its output's
     const int32_t *table;  // [n, taps_count] input rows, n_in where there is no site
     const int64_t *rows;   // [n] output rows, or NULL: in order
     int64_t taps_count, taps[9];
@@ -270,11 +270,11 @@ INLINE void panel_of_blocks(
             const int32_t *patch = l->table + (first + block) * 16;
             int64_t any = 0;
             for (int q = 0; q < 4; q++)
-                if (patch[MIDDLE[q]] != l->n_in) any = patch[MIDDLE[q]];
+                if (patch[MIDDLE[q]] < l->n_out) any = patch[MIDDLE[q]];
             for (int q = 0; q < 4; q++) {
                 const int64_t to = patch[MIDDLE[q]];
-                at[4 * b + q] = to == l->n_in ? any : to;
-                keep |= (unsigned)(to != l->n_in && i + b < count) << (4 * b + q);
+                at[4 * b + q] = to < l->n_out ? to : any;
+                keep |= (unsigned)(to < l->n_out && i + b < count) << (4 * b + q);
             }
 #pragma GCC unroll 2
             for (int v = 0; v < vectors; v++) {

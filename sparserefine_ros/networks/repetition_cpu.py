@@ -1,0 +1,102 @@
+"""The engine of a repeated network on a CPU in float32: tables and interpolations in C, convolutions on `CpuBackend`.
+
+Shape shorthand: as in `repetition_tables`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparserefine_ros.native import address, load, parallel
+from sparserefine_ros.networks.repetition_tables import Corners, Engine, Form, Grid, Rows, Sites, Size, axis
+from sparserefine_ros.sparse import KernelMap
+from sparserefine_ros.sparse.backends.cpu import MAX_BLOCKS, BlockMap, CpuBackend
+
+KERNEL = Path(__file__).with_name("repetition_cpu.c")
+CHUNK = 1024  # sites a thread takes at a time
+BLOCKS_OF = Form(3, 1, 1, 1)  # the convolution that `CpuBackend` can do by 2x2 blocks
+
+
+class _LookUp(ctypes.Structure):
+    """As ``struct look_up`` in repetition_cpu.c."""
+
+    _fields_ = [
+        ("number", c_void_p), ("base", c_void_p), ("offsets", c_void_p), ("taps", c_int64), ("table", c_void_p),
+    ]  # fmt: skip
+
+
+class _Corners(ctypes.Structure):
+    """As ``struct corners`` in repetition_cpu.c."""
+
+    _fields_ = [
+        ("image", c_void_p), ("row", c_void_p), ("column", c_void_p), ("top", c_void_p), ("left", c_void_p),
+        ("down", c_void_p), ("right", c_void_p), ("height", c_int64), ("width", c_int64), ("number", c_void_p),
+        ("rows", c_void_p), ("stride", c_int64), ("channels", c_int64), ("out", c_void_p), ("read", c_void_p),
+    ]  # fmt: skip
+
+
+class CpuCorners(Corners):
+    """Positions and weights are worked out where they are used."""
+
+    def __init__(self, sites: Sites, here: Size, there: Size, number: Tensor | None = None) -> None:
+        self.sites, self.here, self.there, self.number = sites, here, there, number
+        self.axes = [axis(size, other, sites.row.device) for size, other in zip(here, there, strict=True)]
+        self.kept = [t.contiguous() for t in sites]
+        self.kept += [first.int() for first, _ in self.axes] + [weight.float() for _, weight in self.axes]
+
+    def _job(self) -> _Corners:
+        height, width = self.there
+        pointers = (tensor.data_ptr() for tensor in self.kept)
+        return _Corners(*pointers, height=height, width=width, number=address(self.number))
+
+    def mark(self, read: Tensor) -> None:
+        job = self._job()
+        job.read = read.data_ptr()
+        parallel(load(KERNEL), "sr_mark", job, self.sites.total, CHUNK)
+
+    def through(self, number: Tensor) -> Corners:
+        return CpuCorners(self.sites, self.here, self.there, number)
+
+    def blend(self, rows: Tensor) -> Tensor:
+        out = torch.empty(self.sites.total, rows.shape[1])
+        job, rows = self._job(), rows if rows.stride(1) == 1 else rows.contiguous()
+        job.rows, job.stride, job.channels, job.out = rows.data_ptr(), rows.stride(0), rows.shape[1], out.data_ptr()
+        parallel(load(KERNEL), "sr_blend", job, self.sites.total, CHUNK)
+        return out
+
+
+class CpuEngine(Engine):
+    """For inference. Raises NativeError where the kernel cannot be compiled."""
+
+    def __init__(self, backend: CpuBackend) -> None:
+        super().__init__(backend)
+        load(KERNEL)
+
+    def look_up(self, number: Tensor, base: Tensor, offsets: Sequence[int]) -> Tensor:
+        steps, table = torch.tensor(offsets), torch.empty(len(base), len(offsets), dtype=torch.int32)
+        job = _LookUp(number.data_ptr(), base.data_ptr(), steps.data_ptr(), len(offsets), table.data_ptr())
+        parallel(load(KERNEL), "sr_look_up", job, len(base), CHUNK)
+        return table
+
+    def kernel_map(self, source: Grid, found: Rows, table: Tensor, form: Form) -> KernelMap:
+        plain = super().kernel_map(source, found, table, form)
+        if form != BLOCKS_OF:
+            return plain
+        blocks = Sites.of(F.max_pool2d(source.active.float(), 2, ceil_mode=True) > 0)
+        if blocks.total > MAX_BLOCKS * plain.n_out:
+            return plain
+        offsets = [y * found.wide + x for y in range(4) for x in range(4)]
+        patches = self.look_up(found.number, blocks.flat(found.tall, found.wide, stride=2), offsets)
+        return BlockMap(plain.n_in, plain.n_out, plain.forward, (), patches)
+
+    def corners(self, sites: Sites, here: Size, there: Size, dtype: torch.dtype) -> Corners:
+        if dtype != torch.float32:
+            return super().corners(sites, here, there, dtype)
+        return CpuCorners(sites, here, there)
