@@ -59,13 +59,14 @@ def test_rows_of_peers(
     rows = table["rows"]
     fine, part = peers.patches_name(16, 0.0), peers.patches_name(16, 0.5)
     assert part == "LR + patches of 16, over 50 % selected"
-    assert [HR, LR, REFINED, peers.BILATERAL, peers.POINTREND, peers.POINTREND_SELECTED, fine, part] == list(rows)[:8]
-    assert f"| {part} | " in capsys.readouterr().out and len(rows) == 10
+    names = [HR, LR, REFINED, peers.BILATERAL, peers.REPEAT, peers.POINTREND, peers.POINTREND_SELECTED, fine, part]
+    assert names == list(rows)[:9]
+    assert f"| {part} | " in capsys.readouterr().out and len(rows) == 11
     segmenter = Segmenter(Bundle.load(tiny_bundle), "cpu", refine=False)
     entropies = [segmenter.segment([s.image])[0].entropy for s in samples]
     selected = np.mean([(e > 1.0).mean() for e in entropies])
     tiles = np.concatenate([(e > 1.0).reshape(4, 16, 6, 16).mean((1, 3)).ravel() for e in entropies])
-    for name in (REFINED, peers.BILATERAL, peers.POINTREND_SELECTED):
+    for name in (REFINED, peers.BILATERAL, peers.REPEAT, peers.POINTREND_SELECTED):
         assert rows[name]["density"] == pytest.approx(selected)
     assert rows[peers.POINTREND]["density"] == pytest.approx(2 * round(0.05 * 64 * 96) / (64 * 96))
     assert rows[fine]["density"] == pytest.approx((tiles > 0).mean())

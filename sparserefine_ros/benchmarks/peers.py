@@ -17,10 +17,12 @@ from sparserefine_ros.errors import ParameterError
 from sparserefine_ros.evaluation.compare import HR, LR, REFINED, WARM_UP, compare_segmenters, figure, frames
 from sparserefine_ros.networks.registry import REFINERS, build
 from sparserefine_ros.segmenter.bundle import Bundle, NetworkSpec, save_network
+from sparserefine_ros.segmenter.fitting import why_not_repeatable
 from sparserefine_ros.segmenter.segmenter import Segmenter
 from sparserefine_ros.training.bundle import copy_dense
 
 BILATERAL, POINTREND, POINTREND_SELECTED = "LR + bilateral", "LR + PointRend", "LR + PointRend, selected pixels"
+REPEAT, REPEAT_TRAINED = "LR + repeat, untrained", "LR + repeat"
 
 
 def measure(
@@ -48,10 +50,16 @@ def measure(
             module = build(REFINERS, network, len(bundle.classes), args)
             return save_network(plain.path, module, network, args, f"{network}.safetensors")
 
+        high = Segmenter(bundle, device, precision, refine=False, scale=1.0)
+        low = Segmenter(bundle, device, precision, threshold, refine=False)
         refined: dict[str, Bundle] = {}
         if bundle.refiner and bundle.refiner.network == "sparserefine":
             refined[REFINED] = bundle
+        if bundle.refiner and bundle.refiner.network == "repeat":
+            refined[REPEAT_TRAINED] = bundle
         refined[BILATERAL] = replace(plain, refiner=untrained("bilateral", {}))
+        if not why_not_repeatable(high.dense, low.dense, low.device):
+            refined[REPEAT] = replace(plain, refiner=untrained("repeat", {}))
         if pointrend and pointrend.refiner:
             refined[POINTREND] = pointrend
             everywhere = replace(pointrend.refiner, args={**pointrend.refiner.args, "where": "entropy"})
@@ -60,11 +68,8 @@ def measure(
             for density in patch_densities:
                 spec = untrained("patches", {"size": size, "density": density})
                 refined[patches_name(size, density)] = replace(plain, refiner=spec)
-        segmenters = {
-            HR: Segmenter(bundle, device, precision, refine=False, scale=1.0),
-            LR: Segmenter(bundle, device, precision, threshold, refine=False),
-        }
-        threshold = segmenters[LR].entropy_threshold  # everyone's
+        threshold = low.entropy_threshold  # everyone's
+        segmenters = {HR: high, LR: low}
         segmenters |= {name: Segmenter(one, device, precision, threshold) for name, one in refined.items()}
         return compare_segmenters(segmenters, samples)
 
