@@ -386,3 +386,23 @@ def test_folded_and_not() -> None:
         answers += [repeat(repeated, selected, colours_of(native), kept) for repeated in (network, folded)]
     for answer in answers[1:]:
         torch.testing.assert_close(answer, answers[0], rtol=1e-8, atol=1e-10)
+
+
+@torch.no_grad()
+def test_normalisation_before_a_convolution() -> None:
+    """Which is an operation of its own, and dropout, which does nothing here."""
+
+    class PreActivation(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Conv2d(8, K, 3, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.last(F.dropout(F.relu(self.norm(F.silu(self.first(x)))), 0.5, self.training))
+            return F.interpolate(y, x.shape[-2:], mode="bilinear", align_corners=False)
+
+    network, native = made(PreActivation()), images((31, 42))
+    _, kept = record(network, small(native, 0.5))
+    assert len(kept) == 7  # conv, silu, norm, relu, dropout, conv, interpolate
+    answer = repeat(network, torch.ones(1, 31, 42, dtype=torch.bool), colours_of(native), kept)
+    torch.testing.assert_close(answer, network(native)[0].flatten(1).T, rtol=1e-9, atol=1e-12)

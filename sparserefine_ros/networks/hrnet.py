@@ -52,7 +52,8 @@ class Exchange(nn.ModuleList):
         self.target = target
 
     def forward(self, xs: Sequence[Tensor]) -> Tensor:  # [B, C 2^b, h / 2^b, w / 2^b] by branch -> that of the target
-        parts = [_resize(path(x), xs[self.target]) for path, x in zip(self, xs, strict=True)]
+        parts = [path(x) for path, x in zip(self, xs, strict=True)]
+        parts = [part if source <= self.target else _resize(part, xs[self.target]) for source, part in enumerate(parts)]
         return F.relu(reduce(torch.add, parts))
 
 
@@ -117,7 +118,7 @@ class HRNet(nn.Module):
         xs = [self.layer1(self.stem(images))]
         for transition, stage in zip(self.transitions, self.stages, strict=True):
             xs = stage(transition(xs))
-        y = self.head(torch.cat([_resize(x, xs[0]) for x in xs], 1))  # [B, 15 C, H/4, W/4]
+        y = self.head(torch.cat([xs[0], *(_resize(x, xs[0]) for x in xs[1:])], 1))  # [B, 15 C, H/4, W/4]
         return CoarseFine(self.classifier(y), (xs[0],))
 
 
@@ -135,7 +136,5 @@ def _conv_bn(cin: int, cout: int, kernel: int, stride: int = 1) -> nn.Sequential
 
 
 def _resize(x: Tensor, like: Tensor) -> Tensor:
-    """To the height and width of ``like``; where they are that already, as is."""
-    if x.shape[-2:] == like.shape[-2:]:
-        return x
+    """To the height and width of ``like``."""
     return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)

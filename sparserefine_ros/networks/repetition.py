@@ -267,11 +267,12 @@ def _elementwise(func: Any, x: Repeated, low: Tensor, args: Any, kwargs: Any) ->
     return Whole(x.run, result) if isinstance(x, Whole) else Repeated(x.run, x.size, result, low)
 
 
+ELEMENTWISE = ("add", "batch_norm", "cat", "div", "dropout", "gelu", "relu", "relu_", "sigmoid", "silu")
 OPERATIONS: Mapping[str, Callable[[Any, Any, Tensor, Any, Any], Repeated]] = {
     "conv2d": _convolution,
     "interpolate": _interpolation,
     "adaptive_avg_pool2d": _pooling,
-    **dict.fromkeys(("add", "div", "cat", "relu", "relu_", "sigmoid", "silu", "gelu", "batch_norm"), _elementwise),
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
 }
 """By the names of torch's functions."""
 
