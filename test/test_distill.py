@@ -180,7 +180,7 @@ def test_command_on_a_bag_without_training(bundle: Bundle, tmp_path: Path, capsy
     output = tmp_path / "made"
     arguments = ["distill", "--model", str(bundle.path), "--frames", str(tmp_path / "bag"), "--output", str(output)]
     where = ["--device", "cpu", "--runs", str(tmp_path / "runs")]
-    assert main([*arguments, "--training-free", "--refiner", "sparserefine", *where]) == 0
+    assert main([*arguments, "--training-free", *where]) == 0
     text = capsys.readouterr().out
     assert "4 held-out frames" in text and "of the gap closed" in text
     assert "mIoU: HR dense" in text and "LR + bilateral" in text and "SparseRefine" not in text
@@ -192,24 +192,20 @@ def test_command_on_a_bag_without_training(bundle: Bundle, tmp_path: Path, capsy
     assert "bilateral; nothing was trained; the threshold is from 16 frames without labels, 4 held out |" in card
     assert "bench bundle" not in card, "nobody knows what it was trained on"
     assert 0 < Segmenter(made, "cpu").segment([SCENES[0].image])[0].density < 1
-    assert main([*arguments, "--training-free", *where]) == 0  # its own layers, as they can be repeated
+    assert main([*arguments, "--training-free", "--refiner", "repeat", *where]) == 0
     assert "LR + repeat" in capsys.readouterr().out
     made = Bundle.load(output)
     assert made.refiner is not None and made.refiner.network == "repeat"
 
 
-def test_a_network_that_cannot_be_repeated_gets_one_of_its_own(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_network_that_cannot_be_repeated_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_decoder_bundle(tmp_path / "superpixel", "superpixel")
     for sample in SCENES[:5]:
         cv2.imwrite(str(tmp_path / f"{sample.name}.png"), sample.image[..., ::-1])
     arguments = ["distill", "--model", str(source), "--frames", str(tmp_path), "--output", str(tmp_path / "made")]
-    arguments += ["--device", "cpu", "--runs", str(tmp_path / "runs"), "--training-free"]
-    assert main([*arguments, "--refiner", "repeat"]) == 2
-    assert re.search(r"--refiner repeat is not for model .*not known at single sites; give", capsys.readouterr().err)
-    assert main(arguments) == 0
-    assert Bundle.load(tmp_path / "made").refiner.network == "bilateral"  # type: ignore[union-attr]
+    arguments += ["--device", "cpu", "--runs", str(tmp_path / "runs"), "--training-free", "--refiner", "repeat"]
+    assert main(arguments) == 2
+    assert re.search(r"--refiner repeat is not for model .*not known at single sites; leave", capsys.readouterr().err)
 
 
 def test_the_card_repeats_the_licence_and_replaces_none(bundle: Bundle, tmp_path: Path) -> None:

@@ -29,16 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--refiner",
-        choices=("auto", "repeat", "sparserefine"),
-        default="auto",
-        help="repeat: the model's own layers at the uncertain pixels of full resolution, for convolutional models; "
-        "sparserefine: a small network of its own; auto: the former where it can be (default)",
+        choices=("sparserefine", "repeat"),
+        default="sparserefine",
+        help="sparserefine: a small network of its own (default); repeat: the model's own layers at the uncertain "
+        "pixels of full resolution, for convolutional models: closer to full resolution, and slower",
     )
-    parser.add_argument("--epochs", type=int, help="passes over the frames (default: 6 of repeat, 24 of sparserefine)")
+    parser.add_argument("--epochs", type=int, help="passes over the frames (default: 24, of repeat 3)")
     parser.add_argument(
         "--training-free",
         action="store_true",
-        help="no training: repeat with the weights as they are, or edge-aware smoothing where that cannot be",
+        help="no training: edge-aware smoothing of the uncertain pixels, or repeat with the weights as they are",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=parse_path, help="folder of the new bundle (default: models/NAME-distilled)")
@@ -80,11 +80,9 @@ def run(args: argparse.Namespace) -> int:
     output = args.output or Path("models") / f"{bundle.name}-distilled"
     files.check_folder(output)
     frames = read_frames(args.frames, bundle.classes, to_rgb, args.limit, args.image_topic)
-    reason = "" if args.refiner == "sparserefine" else why_not_repeat(bundle, device)
-    if args.refiner == "repeat" and reason:
-        raise ParameterError(f"--refiner repeat is not for model {args.model!r}: {reason}; give --refiner sparserefine")
-    repeats = args.refiner != "sparserefine" and not reason
-    recipe, free = (REPEAT, "repeat") if repeats else (RECIPE, "bilateral")
+    if args.refiner == "repeat" and (reason := why_not_repeat(bundle, device)):
+        raise ParameterError(f"--refiner repeat is not for model {args.model!r}: {reason}; leave it out")
+    recipe, free = (REPEAT, "repeat") if args.refiner == "repeat" else (RECIPE, "bilateral")
     if args.epochs:
         recipe = replace(recipe, epochs=args.epochs)
     bundle, held_out = distill(

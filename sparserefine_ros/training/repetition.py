@@ -37,7 +37,7 @@ class RepetitionTask(RefinerTask):
         """Kullback-Leibler divergence of the student's probabilities from the teacher's, mean over selected pixels."""
         images, lows, labels = batch
         threshold = self.selector.threshold * SPREAD ** float(2 * torch.rand(()) - 1)
-        logits, sites = self._repeat(module, images, lows, labels != UNLABELLED, threshold)
+        logits, sites, _ = self._repeat(module, images, lows, threshold, labels != UNLABELLED)
         if len(sites) == 0:
             return sum(p.sum() * 0.0 for p in module.parameters())  # type: ignore[return-value]  # a graph without slope
         with torch.no_grad():
@@ -46,21 +46,24 @@ class RepetitionTask(RefinerTask):
         return F.kl_div(logits.float().log_softmax(1), target, reduction="batchmean", log_target=True)
 
     def _repeat(
-        self, module: nn.Module, images: Tensor, lows: Tensor, wanted: Tensor | None, threshold: float
-    ) -> tuple[Tensor, SiteSet]:
-        """Logits [N, K] at the selected pixels, of ``wanted`` [B, H, W] bool alone where given, and these."""
+        self, module: nn.Module, images: Tensor, lows: Tensor, threshold: float, wanted: Tensor | None = None
+    ) -> tuple[Tensor, SiteSet, Tensor]:
+        """Logits [N, K] at the selected pixels, these, and the initial logits [B, K, h, w].
+
+        wanted: [B, H, W] bool; of the others none is selected.
+        """
         pixels, size = images.view(-1, 3), (images.shape[1], images.shape[2])
         with torch.no_grad():
-            self.initial, kept = record(self.dense, normalise(lows))
-            selected = EntropySelector(threshold)(Prediction(self.initial.float(), size))
+            initial, kept = record(self.dense, normalise(lows))
+            selected = EntropySelector(threshold)(Prediction(initial.float(), size))
         selected = selected if wanted is None else selected & wanted
         logits = module(None, selected, lambda flat: normalise_pixels(pixels[flat]), kept)
-        return logits, SiteSet.from_mask(selected)
+        return logits, SiteSet.from_mask(selected), initial
 
     def _refine(
         self, module: nn.Module, images: Tensor, lows: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
         """As `RefinerTask`; refined and ensembled logits are the same."""
-        refined, sites = self._repeat(module, images, lows, None, self.selector.threshold)
-        initial = upsample_nearest(self.initial.argmax(1).to(torch.uint8), (labels.shape[1], labels.shape[2]))
-        return refined, refined, labels.view(-1)[sites.flat].long(), (initial, sites.flat)
+        refined, sites, initial = self._repeat(module, images, lows, self.selector.threshold)
+        mask = upsample_nearest(initial.argmax(1).to(torch.uint8), (labels.shape[1], labels.shape[2]))
+        return refined, refined, labels.view(-1)[sites.flat].long(), (mask, sites.flat)
