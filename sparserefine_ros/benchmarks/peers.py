@@ -14,7 +14,7 @@ from typing import Any
 
 from sparserefine_ros.datasets.base import Sample
 from sparserefine_ros.errors import ParameterError
-from sparserefine_ros.evaluation.compare import HR, LR, REFINED, WARM_UP, compare_segmenters, figure, frames
+from sparserefine_ros.evaluation.compare import HR, LR, WARM_UP, compare_segmenters, figure, frames, refined_name
 from sparserefine_ros.networks.registry import REFINERS, build
 from sparserefine_ros.segmenter.bundle import Bundle, NetworkSpec, save_network
 from sparserefine_ros.segmenter.fitting import why_not_repeatable
@@ -22,7 +22,7 @@ from sparserefine_ros.segmenter.segmenter import Segmenter
 from sparserefine_ros.training.bundle import copy_dense
 
 BILATERAL, POINTREND, POINTREND_SELECTED = "LR + bilateral", "LR + PointRend", "LR + PointRend, selected pixels"
-REPEAT, REPEAT_TRAINED = "LR + repeat, untrained", "LR + repeat"
+REPEAT = "LR + repeat, untrained"
 
 
 def measure(
@@ -53,10 +53,8 @@ def measure(
         high = Segmenter(bundle, device, precision, refine=False, scale=1.0)
         low = Segmenter(bundle, device, precision, threshold, refine=False)
         refined: dict[str, Bundle] = {}
-        if bundle.refiner and bundle.refiner.network == "sparserefine":
-            refined[REFINED] = bundle
-        if bundle.refiner and bundle.refiner.network == "repeat":
-            refined[REPEAT_TRAINED] = bundle
+        if bundle.refiner and bundle.refiner.network in ("sparserefine", "repeat"):
+            refined[refined_name(bundle)] = bundle
         refined[BILATERAL] = replace(plain, refiner=untrained("bilateral", {}))
         if not why_not_repeatable(high.dense, low.dense, low.device):
             refined[REPEAT] = replace(plain, refiner=untrained("repeat", {}))

@@ -79,9 +79,9 @@ def run(args: argparse.Namespace) -> int:
         bundle = replace(bundle, scale=args.scale)
     output = args.output or Path("models") / f"{bundle.name}-distilled"
     files.check_folder(output)
-    frames = read_frames(args.frames, bundle.classes, to_rgb, args.limit, args.image_topic)
     if args.refiner == "repeat" and (reason := why_not_repeat(bundle, device)):
         raise ParameterError(f"--refiner repeat is not for model {args.model!r}: {reason}; leave it out")
+    frames = read_frames(args.frames, bundle.classes, to_rgb, args.limit, args.image_topic)
     recipe, free = (REPEAT, "repeat") if args.refiner == "repeat" else (RECIPE, "bilateral")
     if args.epochs:
         recipe = replace(recipe, epochs=args.epochs)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparserefine_ros.networks.ensemblers import DirectEnsembler
 from sparserefine_ros.networks.repetition import record, repeat
-from sparserefine_ros.networks.repetition_tables import Engine
+from sparserefine_ros.networks.repetition_tables import Engine, Grid
 
 SIDE = 64  # of the image that a network is tried on, pixels: no stride in use leaves nothing of it
 
@@ -43,7 +43,7 @@ class RepeatRefiner(nn.Module):
     def forward(
         self,
         network: Callable[[Tensor], Tensor] | None,
-        selected: Tensor,
+        selected: Grid,
         colours: Callable[[Tensor], Tensor],
         kept: Sequence[Tensor],
         engine: Engine | None = None,
@@ -60,6 +60,6 @@ def check_repeatable(dense: nn.Module, repeated: nn.Module, device: torch.device
     images = torch.zeros(1, 3, SIDE, SIDE, device=device)
     with torch.inference_mode():
         logits, kept = record(dense, images)
-        answer = repeat(repeated, images[:, 0] == 0, lambda flat: images.flatten(2)[0].T[flat], kept)
+        answer = repeat(repeated, Grid(images[:, 0] == 0), lambda flat: images.flatten(2)[0].T[flat], kept)
     if answer.shape != (SIDE * SIDE, logits.shape[1]):
         raise ValueError(f"{answer.shape[1]} classes where the dense segmenter has {logits.shape[1]}")

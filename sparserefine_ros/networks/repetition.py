@@ -92,10 +92,10 @@ def record(network: Callable[[Any], Any], images: Tensor) -> tuple[Tensor, list[
 class Repetition:
     """One pass at native resolution: its grids, the tables of its operations, and what low resolution gave.
 
-    selected: [B, H, W] bool; kept, engine: as `repeat` takes them.
+    selected, kept, engine: as `repeat` takes them.
     """
 
-    def __init__(self, selected: Tensor, kept: Sequence[Tensor], engine: Engine) -> None:
+    def __init__(self, selected: Grid, kept: Sequence[Tensor], engine: Engine) -> None:
         self.selected, self.kept, self.engine, self.operations = selected, kept, engine, 0
         self.known: dict[Any, Any] = {}
 
@@ -109,11 +109,9 @@ class Repetition:
         """A site is active where a selected pixel lies under it."""
 
         def make() -> Grid:
-            if size == tuple(self.selected.shape[1:]):
-                return Grid(self.selected)
-            return Grid(F.adaptive_max_pool2d(self.selected.float(), size) > 0)
+            return Grid(F.adaptive_max_pool2d(self.selected.active.float(), size) > 0)
 
-        grid: Grid = self.once(size, make)
+        grid: Grid = self.selected if size == self.selected.size else self.once(size, make)
         return grid
 
 
@@ -141,7 +139,7 @@ class Repeated(_Map):
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((len(self.run.selected), self.tensor.shape[1], *self.size))
+        return torch.Size((len(self.run.selected.active), self.tensor.shape[1], *self.size))
 
     @property
     def grid(self) -> Grid:
@@ -149,7 +147,7 @@ class Repeated(_Map):
 
     def read(self, found: Rows, key: Any) -> Tensor:
         """[N + M, C]: the rows that are ``found`` by the operation of ``key``."""
-        if found.beyond.total == 0:
+        if len(found.beyond) == 0:
             return self.tensor
         size, low = (self.low.shape[2], self.low.shape[3]), self.low
         corners = self.run.once((key, size), lambda: self.run.engine.corners(found.beyond, self.size, size, low.dtype))
@@ -163,16 +161,17 @@ class Pixels(Repeated):
     """
 
     def __init__(self, run: Repetition, colours: Callable[[Tensor], Tensor]) -> None:
-        nothing = torch.empty(0, 3, device=run.selected.device)
-        super().__init__(run, (run.selected.shape[1], run.selected.shape[2]), nothing, nothing)
-        self.colours = colours
+        active = run.selected.active
+        nothing = torch.empty(0, 3, device=active.device)
+        super().__init__(run, run.selected.size, nothing, nothing)
+        self.colours, self.empty = colours, Grid(torch.zeros_like(active))
 
     @property
     def grid(self) -> Grid:
-        return Grid(torch.zeros_like(self.run.selected))
+        return self.empty
 
     def read(self, found: Rows, key: Any) -> Tensor:
-        return self.colours(found.beyond.flat(*self.size))
+        return self.colours(found.beyond.flat)
 
 
 class Whole(Repeated):
@@ -184,12 +183,12 @@ class Whole(Repeated):
 
 def repeat(
     network: Callable[[Any], Any],
-    selected: Tensor,
+    selected: Grid,
     colours: Callable[[Tensor], Tensor],
     kept: Sequence[Tensor],
     engine: Engine | None = None,
 ) -> Tensor:
-    """Logits [N, K] of ``network`` at the N pixels of ``selected`` [B, H, W] bool, in the order of memory.
+    """Logits [N, K] of ``network`` at the N active pixels of ``selected``, in the order of memory.
 
     network: normalised images [B, 3, H, W] to logits [B, K, H, W]; batch normalisation in evaluation mode.
     colours: normalised rows [M, 3] of the images at flat positions [M] int64.
@@ -198,7 +197,7 @@ def repeat(
     Raises NotRepeatableError for an operation that is none of OPERATIONS, or not in the form that is known.
     """
     result = network(Pixels(Repetition(selected, kept, engine or Engine()), colours))
-    if not isinstance(result, Repeated) or result.size != tuple(selected.shape[1:]):
+    if not isinstance(result, Repeated) or result.size != selected.size:
         raise NotRepeatableError("logits of another size than the images")
     return result.tensor
 
@@ -254,7 +253,7 @@ def _pooling(func: Any, x: Repeated, low: Tensor, args: Any, kwargs: Any) -> Rep
         return Whole(x.run, func(*_bare(args), **kwargs))
     (batch, channels), grid = x.shape[:2], x.grid
     enlarged = _as_rows(F.interpolate(x.low.to(x.tensor.dtype), x.size, mode="bilinear", align_corners=False))
-    whole = enlarged.index_copy(0, grid.flat, x.tensor).view(batch, *x.size, channels).permute(0, 3, 1, 2)
+    whole = enlarged.index_copy(0, grid.sites.flat, x.tensor).view(batch, *x.size, channels).permute(0, 3, 1, 2)
     return Whole(x.run, func(whole, *args[1:], **kwargs))
 
 

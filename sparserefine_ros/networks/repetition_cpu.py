@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparserefine_ros.native import address, load, parallel
-from sparserefine_ros.networks.repetition_tables import Corners, Engine, Form, Grid, Rows, Sites, Size, axis
-from sparserefine_ros.sparse import KernelMap
+from sparserefine_ros.networks.repetition_tables import Corners, Engine, Form, Grid, Rows, Size, axis
+from sparserefine_ros.sparse import KernelMap, SiteSet
 from sparserefine_ros.sparse.backends.cpu import MAX_BLOCKS, BlockMap, CpuBackend
 
 KERNEL = Path(__file__).with_name("repetition_cpu.c")
@@ -45,11 +45,11 @@ class _Corners(ctypes.Structure):
 class CpuCorners(Corners):
     """Positions and weights are worked out where they are used."""
 
-    def __init__(self, sites: Sites, here: Size, there: Size, number: Tensor | None = None) -> None:
+    def __init__(self, sites: SiteSet, here: Size, there: Size, number: Tensor | None = None) -> None:
         self.sites, self.here, self.there, self.number = sites, here, there, number
-        self.axes = [axis(size, other, sites.row.device) for size, other in zip(here, there, strict=True)]
-        self.kept = [t.contiguous() for t in sites]
-        self.kept += [first.int() for first, _ in self.axes] + [weight.float() for _, weight in self.axes]
+        axes = [axis(size, other, sites.device) for size, other in zip(here, there, strict=True)]
+        self.kept = [places.contiguous() for places in sites.sites.unbind(1)]
+        self.kept += [first.int() for first, _ in axes] + [weight.float() for _, weight in axes]
 
     def _job(self) -> _Corners:
         height, width = self.there
@@ -59,16 +59,16 @@ class CpuCorners(Corners):
     def mark(self, read: Tensor) -> None:
         job = self._job()
         job.read = read.data_ptr()
-        parallel(load(KERNEL), "sr_mark", job, self.sites.total, CHUNK)
+        parallel(load(KERNEL), "sr_mark", job, len(self.sites), CHUNK)
 
     def through(self, number: Tensor) -> Corners:
         return CpuCorners(self.sites, self.here, self.there, number)
 
     def blend(self, rows: Tensor) -> Tensor:
-        out = torch.empty(self.sites.total, rows.shape[1])
+        out = torch.empty(len(self.sites), rows.shape[1])
         job, rows = self._job(), rows if rows.stride(1) == 1 else rows.contiguous()
         job.rows, job.stride, job.channels, job.out = rows.data_ptr(), rows.stride(0), rows.shape[1], out.data_ptr()
-        parallel(load(KERNEL), "sr_blend", job, self.sites.total, CHUNK)
+        parallel(load(KERNEL), "sr_blend", job, len(self.sites), CHUNK)
         return out
 
 
@@ -89,14 +89,14 @@ class CpuEngine(Engine):
         plain = super().kernel_map(source, found, table, form)
         if form != BLOCKS_OF:
             return plain
-        blocks = Sites.of(F.max_pool2d(source.active.float(), 2, ceil_mode=True) > 0)
-        if blocks.total > MAX_BLOCKS * plain.n_out:
+        blocks = SiteSet.from_mask(F.max_pool2d(source.active.float(), 2, ceil_mode=True) > 0)
+        if len(blocks) > MAX_BLOCKS * plain.n_out:
             return plain
         offsets = [y * found.wide + x for y in range(4) for x in range(4)]
-        patches = self.look_up(found.number, blocks.flat(found.tall, found.wide, stride=2), offsets)
+        patches = self.look_up(found.number, blocks.flat_in(found.tall, found.wide, stride=2), offsets)
         return BlockMap(plain.n_in, plain.n_out, plain.forward, (), patches)
 
-    def corners(self, sites: Sites, here: Size, there: Size, dtype: torch.dtype) -> Corners:
+    def corners(self, sites: SiteSet, here: Size, there: Size, dtype: torch.dtype) -> Corners:
         if dtype != torch.float32:
             return super().corners(sites, here, there, dtype)
         return CpuCorners(sites, here, there)

@@ -13,33 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparserefine_ros.sparse import KernelMap, TapGroup
+from sparserefine_ros.sparse import KernelMap, SiteSet, TapGroup
 from sparserefine_ros.sparse.backends.base import Backend, Output
 from sparserefine_ros.sparse.conv import sparse_conv
 from sparserefine_ros.sparse.maps import TAPS
 
 Size = tuple[int, int]
-
-
-class Sites(NamedTuple):
-    """Positions on a grid, in the order of memory; each [N] int64."""
-
-    image: Tensor
-    row: Tensor
-    column: Tensor
-
-    @classmethod
-    def of(cls, mask: Tensor) -> Sites:
-        """The True ones of ``mask`` [B, h, w] bool."""
-        return cls(*torch.nonzero(mask, as_tuple=True))
-
-    @property
-    def total(self) -> int:
-        return len(self.row)
-
-    def flat(self, height: int, width: int, stride: int = 1, border: int = 0) -> Tensor:
-        """[N]: positions in a flattened [B, height, width], with rows and columns times ``stride`` plus ``border``."""
-        return (self.image * height + self.row * stride + border) * width + self.column * stride + border
 
 
 class Grid:
@@ -48,8 +27,7 @@ class Grid:
     def __init__(self, active: Tensor) -> None:
         self.active = active
         self.size: Size = (active.shape[1], active.shape[2])
-        self.sites = Sites.of(active)
-        self.flat = self.sites.flat(*self.size)
+        self.sites = SiteSet.from_mask(active)
 
 
 class Form(NamedTuple):
@@ -67,7 +45,7 @@ class Rows(NamedTuple):
     The grid has a border above and to the left, and what else may be read behind.
     """
 
-    beyond: Sites  # M
+    beyond: SiteSet  # M
     number: Tensor  # [B tall wide] int32
     tall: int
     wide: int
@@ -77,12 +55,12 @@ class Rows(NamedTuple):
         """Of ``source``, where pixels ``read`` [B, tall, wide] bool are asked for."""
         height, width = source.size
         inside = read[:, border : border + height, border : border + width]
-        beyond = Sites.of(inside & ~source.active)
-        count = source.sites.total + beyond.total
+        beyond = SiteSet.from_mask(inside & ~source.active)
+        active, count = len(source.sites), len(source.sites) + len(beyond)
         number = torch.full((read.numel(),), count, dtype=torch.int32, device=read.device)
         counted = torch.arange(count, dtype=torch.int32, device=read.device)
-        for sites, rows in ((source.sites, counted[: source.sites.total]), (beyond, counted[source.sites.total :])):
-            number[sites.flat(read.shape[1], read.shape[2], border=border)] = rows
+        for sites, rows in ((source.sites, counted[:active]), (beyond, counted[active:])):
+            number[sites.flat_in(read.shape[1], read.shape[2], border)] = rows
         return cls(beyond, number, read.shape[1], read.shape[2])
 
 
@@ -147,7 +125,7 @@ class Engine:
                 )
                 read[:, rows, columns] |= target.active
         found = Rows.of(source, read, form.padding)
-        base = target.sites.flat(tall, wide, form.stride)
+        base = target.sites.flat_in(tall, wide, stride=form.stride)
         return found, self.look_up(found.number, base, [y * wide + x for x in taps for y in taps])
 
     def look_up(self, number: Tensor, base: Tensor, offsets: Sequence[int]) -> Tensor:
@@ -156,7 +134,7 @@ class Engine:
 
     def kernel_map(self, source: Grid, found: Rows, table: Tensor, form: Form) -> KernelMap:
         """Of a 3x3 convolution whose outputs read ``table`` [n, 9]."""
-        n_in, n_out, taps = source.sites.total + found.beyond.total, len(table), tuple(range(TAPS))
+        n_in, n_out, taps = len(source.sites) + len(found.beyond), len(table), tuple(range(TAPS))
         forward = (TapGroup(None, taps, table),)
         if self.backend is not None:
             return KernelMap(n_in, n_out, forward, ())
@@ -167,16 +145,16 @@ class Engine:
             back[table[:, tap].long(), tap] = outputs
         return KernelMap(n_in, n_out, forward, (TapGroup(None, taps, back[:-1]),))
 
-    def corners(self, sites: Sites, here: Size, there: Size, dtype: torch.dtype) -> Corners:
+    def corners(self, sites: SiteSet, here: Size, there: Size, dtype: torch.dtype) -> Corners:
         """In a map of size ``there``, at ``sites`` of a grid of size ``here``; as F.interpolate, not align_corners."""
-        axes = []
-        for place, size, other in zip((sites.row, sites.column), here, there, strict=True):
+        axes, (image, *places) = [], sites.sites.unbind(1)
+        for place, size, other in zip(places, here, there, strict=True):
             first, weight = axis(size, other, place.device)
             pair = torch.stack([first, (first + 1).clamp(max=other - 1)], 1)  # [size, 2]
             weights = torch.stack([1 - weight, weight], 1).to(dtype)
             axes.append((pair[place], weights[place]))  # [N, 2] each
         (rows, down), (columns, right) = axes
-        base = (sites.image[:, None] * there[0] + rows) * there[1]
+        base = (image[:, None] * there[0] + rows) * there[1]
         at = (base[:, :, None] + columns[:, None]).flatten(1)
         return Corners(at, (down[:, :, None] * right[:, None]).flatten(1))
 

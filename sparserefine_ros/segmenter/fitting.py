@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sparserefine_ros.errors import BundleError, ParameterError
+from sparserefine_ros.errors import BundleError, ParameterError, is_out_of_memory
 from sparserefine_ros.networks.ensemblers import OracleEnsembler
 from sparserefine_ros.networks.pointrend import PointRend
 from sparserefine_ros.networks.registry import DENSE, Refiner
@@ -54,6 +54,8 @@ def why_not_repeatable(repeated: nn.Module, dense: nn.Module, device: torch.devi
     try:
         check_repeatable(dense, repeated, device)
     except Exception as error:  # a network may stumble in any way over what is no tensor
+        if is_out_of_memory(error):
+            raise
         return str(error) or type(error).__name__
     return ""
 

@@ -22,7 +22,7 @@ from sparserefine_ros.networks.points import CoarseFine
 from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.repeater import RepeatRefiner
 from sparserefine_ros.networks.repetition_cpu import CpuEngine
-from sparserefine_ros.networks.repetition_tables import Engine
+from sparserefine_ros.networks.repetition_tables import Engine, Grid
 from sparserefine_ros.segmenter.dense import fold_batch_norm, ready
 from sparserefine_ros.segmenter.head import gather_initial
 from sparserefine_ros.segmenter.preprocess import normalise, normalise_pixels
@@ -158,14 +158,11 @@ class Repeats(Refining):
             self.network.own = ready(fold_batch_norm(self.network.own), device, dtype)
 
     def __call__(self, seen: Seen) -> Refined | None:
-        sites = SiteSet.from_mask(seen.selected)
-        if len(sites) == 0:
+        grid, pixels = Grid(seen.selected), seen.native.view(-1, 3)
+        if len(grid.sites) == 0:
             return None
-        pixels = seen.native.view(-1, 3)
-        logits = self.network(
-            self.native, seen.selected, lambda flat: normalise_pixels(pixels[flat]), seen.kept, self.engine
-        )
-        return Refined(sites, logits)
+        logits = self.network(self.native, grid, lambda flat: normalise_pixels(pixels[flat]), seen.kept, self.engine)
+        return Refined(grid.sites, logits)
 
 
 def _engine(backend: Backend) -> Engine:

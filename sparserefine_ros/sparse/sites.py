@@ -91,10 +91,13 @@ class SiteSet:
         """[B, H, W] bool: True at the sites."""
         return self.bordered_grid[:, 1:-1, 1:-1] < len(self)
 
-    def flat_in(self, height: int, width: int, border: int = 0) -> Tensor:
-        """[N] int64: position in a flattened [B, height, width] grid, ``border`` pixels further in."""
+    def flat_in(self, height: int, width: int, border: int = 0, stride: int = 1) -> Tensor:
+        """[N] int64: position in a flattened [B, height, width] grid, ``border`` pixels further in.
+
+        stride: what rows and columns are multiplied with before.
+        """
         batch, row, column = self.sites.unbind(1)
-        return (batch * height + (row + border)) * width + (column + border)
+        return (batch * height + (row * stride + border)) * width + (column * stride + border)
 
     def gather(self, dense: Tensor) -> Tensor:
         """Values of ``dense`` [B, C, H, W] at the sites, [N, C] contiguous.  Differentiable.

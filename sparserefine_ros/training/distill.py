@@ -65,7 +65,7 @@ REPEAT = StageRecipe(
     "repeat", epochs=3, batch=1, crop=(512, 1024), scale=(0.85, 1.2), lr=2e-5, ema=0.99, class_weight_power=0.0,
     validate_every=1,
 )  # fmt: skip
-"""The student is its teacher already: small steps, and few. On camvid a third epoch gained no more."""
+"""The student is its teacher already: small steps, and few."""
 ENSEMBLER = replace(RECIPE, network="gated", args={}, epochs=2, batch=2, lr=3e-3, validate_every=1)
 """The gate, anew on the finished branch: see `training.ensembler`."""
 

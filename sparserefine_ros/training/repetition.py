@@ -2,7 +2,7 @@
 
 The student starts as its teacher, the dense segmenter at native resolution, and sees less: beyond the selected sites,
 what low resolution gave. It learns to make the same of that. Its targets are the teacher's probabilities on the very
-view it is shown (Hinton et al., 2015; "function matching" in Beyer et al., 2022), so that no frame is ever seen twice.
+view it is shown (Hinton et al., 2015; "function matching" in Beyer et al., 2022), so that no view is ever seen twice.
 
 Shape shorthand: B batch, K classes, H, W native crop, h, w the same crop at low resolution, N selected pixels.
 """
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from sparserefine_ros.datasets.base import UNLABELLED
 from sparserefine_ros.networks.repeater import RepeatRefiner
 from sparserefine_ros.networks.repetition import record
+from sparserefine_ros.networks.repetition_tables import Grid
 from sparserefine_ros.networks.selectors import EntropySelector, Prediction, upsample_nearest
 from sparserefine_ros.segmenter.preprocess import normalise, normalise_pixels
 from sparserefine_ros.sparse import SiteSet
@@ -56,9 +57,9 @@ class RepetitionTask(RefinerTask):
         with torch.no_grad():
             initial, kept = record(self.dense, normalise(lows))
             selected = EntropySelector(threshold)(Prediction(initial.float(), size))
-        selected = selected if wanted is None else selected & wanted
-        logits = module(None, selected, lambda flat: normalise_pixels(pixels[flat]), kept)
-        return logits, SiteSet.from_mask(selected), initial
+        grid = Grid(selected if wanted is None else selected & wanted)
+        logits = module(None, grid, lambda flat: normalise_pixels(pixels[flat]), kept)
+        return logits, grid.sites, initial
 
     def _refine(
         self, module: nn.Module, images: Tensor, lows: Tensor, labels: Tensor
