@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from sparserefine_ros.benchmarks import pipeline
-from sparserefine_ros.benchmarks.paper_models import MODELS, PaperModel
+from sparserefine_ros.benchmarks.paper_models import MODELS, PaperModel, gmacs
 from sparserefine_ros.benchmarks.pipeline import OUT_OF_MEMORY, Pipeline, Setting, markdown, measure
 from sparserefine_ros.cli import main
 from sparserefine_ros.commands.arguments import parse_size
+from sparserefine_ros.segmenter.preprocess import normalise
 from sparserefine_ros.segmenter.refining import refiner_input
 
 TINY = PaperModel("compact", {"widths": [4, 4, 4, 4], "depths": [1, 1, 1]}, 0.25, channels=(4, 6))
@@ -71,6 +73,33 @@ def test_table_and_json() -> None:
     assert text.count("| tiny |") == 2 and "Random weights" in text
     assert f"{entry['rows'][0]['speedup']:.2f}" in text
     json.dumps(result)
+
+
+def test_repetition_beside_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With all pixels selected it is HR dense, in values and in work; what cannot be repeated has no such figures."""
+    with torch.inference_mode():
+        line = Pipeline("tiny", replace(SETTING, repeat=True), "fp32", 2)
+        repeated, lr, selected = line.repeated(), line.lr(), line.seen.selected
+        assert torch.equal(repeated[~selected].long(), lr[~selected]) and not torch.equal(repeated.long(), lr)
+        line.seen = replace(line.seen, selected=torch.ones_like(selected))
+        line.images = normalise(line.seen.native)
+        assert (line.repeated() == line.hr()).float().mean() > 0.999  # ties aside
+        gmac = line.repeated_gmac()
+    assert gmac == pytest.approx(gmacs(TINY, SETTING.size)["hr"], rel=0.05)
+    file = tmp_path / "p.json"
+    words = ["--models", "tiny", "offsets", "--device", "cpu", "--size", "64x96", "--repeats", "2", "--repeat"]
+    MODELS["offsets"] = replace(TINY, args={**TINY.args, "offsets": True})
+    try:
+        assert main(["bench", "pipeline", *words, "--json", str(file)]) == 0
+    finally:
+        del MODELS["offsets"]
+    models = json.loads(file.read_text())["models"]
+    [row], [without] = models["tiny"]["rows"], models["offsets"]["rows"]
+    assert row["repeated_speedup"] == pytest.approx(row["hr"]["ms"] / row["repeated"]["ms"])
+    assert 0 < row["repeated_gmac"] < models["tiny"]["gmac"]["hr"]
+    assert without["refined"]["ms"] > 0 and not {"repeated", "repeated_gmac", "repeated_speedup"} & set(without)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in rows}) == 1 and rows[-1].endswith("| – | – | – |")
 
 
 def test_each_way_runs_as_often_as_said_and_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:

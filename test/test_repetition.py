@@ -23,9 +23,12 @@ from sparserefine_ros.networks.hrnet import HRNet
 from sparserefine_ros.networks.macs import counting_refiner_macs, dense_macs
 from sparserefine_ros.networks.registry import REFINERS, build
 from sparserefine_ros.networks.repeater import RepeatRefiner, check_repeatable
-from sparserefine_ros.networks.repetition import OPERATIONS, NotRepeatableError, record, repeat
+from sparserefine_ros.networks.repetition import OPERATIONS, Kept, NotRepeatableError, Repetition, record, repeat
+from sparserefine_ros.networks.repetition_axes import KNOWN, as_map, reshaped, sizes
 from sparserefine_ros.networks.repetition_cpu import BLOCKS_OF, CpuEngine
 from sparserefine_ros.networks.repetition_tables import Engine, Grid
+from sparserefine_ros.networks.segformer_hub import HubSegFormer
+from sparserefine_ros.networks.segnext import SegNeXt
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
 from sparserefine_ros.segmenter.dense import fold_batch_norm
 from sparserefine_ros.segmenter.fitting import check_refiner
@@ -49,7 +52,19 @@ def compact() -> nn.Module:
     return CompactSegmenter(K, (8, 12, 16, 16), (1, 2, 2))
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {"compact": compact, "hrnet": lambda: HRNet(K, 18)}
+def segformer() -> nn.Module:
+    pytest.importorskip("transformers")
+    config = {
+        "hidden_sizes": [8, 12, 20, 32], "depths": [1, 2, 1, 1], "num_attention_heads": [1, 2, 5, 4],
+        "decoder_hidden_size": 16, "num_encoder_blocks": 4, "sr_ratios": [4, 2, 2, 1],
+    }  # fmt: skip
+    return HubSegFormer(K, config)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "compact": compact, "hrnet": lambda: HRNet(K, 18), "segformer": segformer,
+    "segnext": lambda: SegNeXt(K, "T", offsets=False),
+}  # fmt: skip
 WIDE = (16, 24, 32, 32)  # channels enough for the CPU's blocks
 
 
@@ -81,37 +96,52 @@ def small(native: Tensor, scale: float) -> Tensor:
 class PutTogether(TorchFunctionMode):
     """Every operation on whole maps at native resolution, reading sites that are not active from low resolution."""
 
-    def __init__(self, selected: Tensor, kept: list[Tensor]) -> None:
+    REARRANGING = ("contiguous", "flatten", "movedim", "permute", "reshape", "transpose", "view")
+
+    def __init__(self, selected: Tensor, kept: list[Kept]) -> None:
         super().__init__()
-        self.selected, self.kept = selected, iter(kept)
-        self.low: dict[int, tuple[Tensor, Tensor]] = {}  # by map; those of images and pooled maps are missing
+        self.selected, self.kept = selected, (recorded.map() for recorded in kept)
+        # By map: itself, so that its id stays its own; at low resolution; its size. Images, pooled maps are missing.
+        self.low: dict[int, tuple[Tensor, Tensor, tuple[int, int]]] = {}
+        self.after = ""
 
     def read(self, x: Tensor) -> Tensor:
+        """x: [B, C, h, w], or [B, heads, h w, C / heads]"""
         if id(x) not in self.low:
             return x
-        size = x.shape[2:]
+        _, low, size = self.low[id(x)]
         same = size == self.selected.shape[1:]
         active = self.selected if same else F.adaptive_max_pool2d(self.selected.double(), size) > 0
-        enlarged = F.interpolate(self.low[id(x)][1], size, mode="bilinear", align_corners=False)
-        return torch.where(active[:, None], x, enlarged)
+        enlarged = F.interpolate(low, size, mode="bilinear", align_corners=False)
+        if x.shape[2:] == size:
+            return torch.where(active[:, None], x, enlarged)
+        enlarged = enlarged.unflatten(1, (x.shape[1], x.shape[3])).flatten(3).transpose(2, 3)
+        return torch.where(active.flatten(1)[:, None, :, None], x, enlarged)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name not in OPERATIONS:
-            return func(*args, **(kwargs or {}))
-        if name == "batch_norm":  # a part of the convolution before it, in these networks
-            result = func(*args, **(kwargs or {}))
-            self.low[id(result)] = (result, self.low[id(args[0])][1])
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name in self.REARRANGING or name == "batch_norm" and self.after == "conv2d":  # a part of the convolution
+            result = func(*args, **kwargs)
+            if id(args[0]) in self.low:
+                self.low[id(result)] = (result, *self.low[id(args[0])][1:])
+            self.after = name
             return result
-        low = next(self.kept)
-        spatial = name in ("interpolate", "adaptive_avg_pool2d") or (name == "conv2d" and args[1].shape[2] > 1)
-        strided = name == "conv2d" and args[3] not in (1, (1, 1))
-        whole = all(id(x) not in self.low for x in args if isinstance(x, Tensor)) and name != "cat"
-        x = self.read(args[0]) if spatial or strided else args[0]
-        result = func(x, *args[1:], **(kwargs or {}))
-        pooled = name == "adaptive_avg_pool2d" or (whole and args[0].shape[1] != 3 and name != "interpolate")
-        if not pooled:
-            self.low[id(result)] = (result, low)  # the map is kept too, so that its id stays its own
+        if name not in OPERATIONS:
+            return func(*args, **kwargs)
+        self.after = name
+        low, args = next(self.kept), list(args)
+        if name == "scaled_dot_product_attention":
+            args[1:3] = [self.read(x) for x in args[1:3]]
+        everywhere = ("interpolate", "adaptive_avg_pool2d", "group_norm", "hamburger")
+        if name in everywhere or (name == "conv2d" and (args[1].shape[2:] != (1, 1) or args[3] not in (1, (1, 1)))):
+            x, args[0] = args[0], self.read(args[0])
+        else:
+            x = next((y for y in args if id(y) in self.low), args[0])
+        result = func(*args, **kwargs)
+        whole = name != "cat" and id(x) not in self.low and name != "interpolate" and x.shape[1] != 3
+        if name != "adaptive_avg_pool2d" and not whole:
+            of_map = name in ("conv2d", "interpolate", "cat") or id(x) not in self.low
+            self.low[id(result)] = (result, low, tuple(result.shape[2:]) if of_map else self.low[id(x)][2])
         return result
 
 
@@ -136,45 +166,72 @@ def test_some_pixels_selected(name: str, scale: float, share: float) -> None:
     network, native = made(NETWORKS[name]()), images(size, 2)
     selected = torch.rand(2, *size, generator=torch.Generator().manual_seed(1)) < share
     _, kept = record(network, small(native, scale))
-    answer = repeat(network, Grid(selected), colours_of(native), kept)
+    run = Repetition(Grid(selected), kept, Engine())
+    answer = run.of(network, colours_of(native))
     with PutTogether(selected, kept):
         whole = network(native)
     expected = whole.permute(0, 2, 3, 1)[selected]
     torch.testing.assert_close(answer, expected, rtol=1e-9, atol=1e-11)
+    _, fewer = record(network, small(native, scale), run.read)
+    assert sum(one.tensor is not None for one in fewer) == len(run.read) < 0.6 * len(kept)
+    torch.testing.assert_close(repeat(network, Grid(selected), colours_of(native), fewer), answer, rtol=0, atol=0)
+    assert check_repeatable(network.float(), network, CPU) == run.read  # whatever is selected, and however large
     if 0 < share < 0.3:  # what low resolution stands in for does matter
-        assert (answer - network(native).permute(0, 2, 3, 1)[selected]).abs().max() > 1e-3
+        assert (answer - network.double()(native).permute(0, 2, 3, 1)[selected]).abs().max() > 1e-3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
-    st.integers(9, 40), st.integers(9, 40), st.integers(1, 2), st.sampled_from([1, 3]), st.integers(1, 3),
-    st.integers(0, 3), st.integers(1, 3), st.floats(0, 1), st.integers(0, 99),
+    st.tuples(st.integers(13, 40), st.integers(13, 40)), st.integers(1, 2),
+    st.sampled_from([(1, 1), (3, 3), (2, 2), (5, 3), (1, 7), (7, 1)]), st.integers(1, 3), st.integers(0, 3),
+    st.integers(1, 2), st.booleans(), st.booleans(), st.floats(0, 1), st.integers(0, 99),
 )  # fmt: skip
 @torch.no_grad()
 def test_a_convolution_of_any_form(
-    height: int, width: int, batch: int, kernel: int, stride: int, padding: int, dilation: int, share: float, seed: int
-) -> None:
+    size: tuple[int, int], batch: int, kernel: tuple[int, int], stride: int, padding: int, dilation: int,
+    by_channel: bool, bias: bool, share: float, seed: int,
+) -> None:  # fmt: skip
     """Between one that makes sites of pixels and the way back to their size."""
-    padding = min(padding, dilation * (kernel // 2))  # no output lies where nothing is read
+    around = tuple(min(padding, dilation * (side // 2)) for side in kernel)  # no output lies where nothing is read
     torch.manual_seed(seed)
 
     class Small(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.first = nn.Conv2d(3, 4, 3, padding=1)
-            self.middle = nn.Conv2d(4, 6, kernel, stride, padding, dilation)
+            groups, channels = (4, 4) if by_channel else (1, 6)
+            self.middle = nn.Conv2d(4, channels, kernel, stride, around, dilation, groups, bias)  # type: ignore[arg-type]
 
         def forward(self, x: Tensor) -> Tensor:
             y = F.relu(self.middle(F.relu(self.first(x))))
             return F.interpolate(y, x.shape[-2:], mode="bilinear", align_corners=False)
 
-    network, native = Small().double(), images((height, width), batch, seed)
-    selected = torch.rand(batch, height, width) < share
-    _, kept = record(network, small(native, 0.8))
+    network, native = Small().double(), images(size, batch, seed)
+    selected = torch.rand(batch, *size) < share
+    _, kept = record(network, small(native, 0.95))
     answer = repeat(network, Grid(selected), colours_of(native), kept)
     with PutTogether(selected, kept):
         whole = network(native)
     torch.testing.assert_close(answer, whole.permute(0, 2, 3, 1)[selected], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("axes", KNOWN)
+@pytest.mark.parametrize("size", [(5, 7), (3, 1), (1, 6), (1, 1)])
+def test_axes(axes: str, size: tuple[int, int]) -> None:
+    """However a network may put them, the way there and back leaves every value where it was."""
+    x, heads = torch.arange(2 * 12 * size[0] * size[1]).view(2, 12, *size), 3
+    letters = {"b": 2, "c": 12, "h": size[0], "w": size[1], "g": heads, "d": 4}
+    split = x.unflatten(1, (heads, 4))  # b g d h w
+    atoms = axes.replace("p", "hw").replace("c", "gd")
+    arranged = split.permute(["bgdhw".index(letter) for letter in atoms])
+    shape = [size[0] * size[1] if letter == "p" else letters[letter] for letter in axes]
+    arranged = arranged.reshape(shape)
+    assert sizes(axes, 2, 12, size, heads) == tuple(shape)
+    assert torch.equal(as_map(arranged, axes, size), x)
+    if 1 not in size:
+        found = reshaped(axes, [-1, *shape[1:]], 2, 12, size)
+        assert found == (axes, heads if "g" in axes else 1)
+    assert reshaped(axes, [*shape, 2], 2, 12, size) is None
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -195,7 +252,8 @@ def test_gradients(name: str) -> None:
     for key, p in network.named_parameters():
         got, expected = found[key], p.grad
         assert got is not None and expected is not None and expected.abs().max() > 0, key
-        torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-10 * float(expected.abs().max()), msg=key)
+        # That of a key's bias is 0: it adds the same to all that a softmax compares.
+        torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-10 * float(expected.abs().max()) + 1e-14, msg=key)
 
 
 ENGINES = {name: Engine for name in BACKENDS if backend_class(name).missing(CPU) is None}
@@ -204,19 +262,39 @@ if "cpu" in ENGINES:
 
 
 @pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("network", ["compact", "segnext", "segformer"])
 @pytest.mark.parametrize("share", [0.1, 0.0])
 @torch.inference_mode()
-def test_every_engine(name: str, share: float) -> None:
+def test_every_engine(name: str, network: str, share: float) -> None:
     """On sites that fill 2x2 blocks, as those of a selection made at low resolution do, and on others."""
-    network, native = made(CompactSegmenter(K, WIDE, (1, 2, 2))).float(), images((51, 64), 2).float()
+    made_by = {**NETWORKS, "compact": lambda: CompactSegmenter(K, WIDE, (1, 2, 2))}[network]
+    repeated, native = made(made_by()).float(), images((51, 64), 2).float()
     selected = torch.rand(2, 51, 64, generator=torch.Generator().manual_seed(1)) < share / 2
     selected |= F.interpolate(selected[:, None, ::4, ::4].float(), (51, 64))[:, 0] > 0
-    _, kept = record(network, small(native, 0.5))
+    _, kept = record(repeated, small(native, 0.5))
     engine = ENGINES[name](pick_backend(name.split(",")[0], CPU, torch.float32))  # type: ignore[arg-type]
     for _ in range(2):  # the second time with weights that are packed already
-        answer = repeat(network, Grid(selected), colours_of(native), kept, engine)
-    expected = repeat(network, Grid(selected), colours_of(native), kept)
+        answer = repeat(repeated, Grid(selected), colours_of(native), kept, engine)
+    expected = repeat(repeated, Grid(selected), colours_of(native), kept)
     torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif("cpu" not in ENGINES, reason="no C compiler")
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 90), st.integers(0, 50), st.integers(1, 21), st.integers(1, 70), st.booleans(), st.integers(0, 99)
+)
+@torch.inference_mode()
+def test_convolutions_by_channel_in_c(n: int, count: int, taps: int, channels: int, bias: bool, seed: int) -> None:
+    """Rows of any number, and what lies outside."""
+    torch.manual_seed(seed)
+    rows, weight = torch.randn(count, channels), torch.randn(channels, 1, taps, 1)
+    add, table = torch.randn(channels) if bias else None, torch.randint(0, count + 1, (n, taps), dtype=torch.int32)
+    padded = torch.cat([rows, torch.zeros(1, channels)]).double()
+    expected = torch.einsum("ntc,ct->nc", padded[table.long()], weight[:, 0, :, 0].double())
+    expected = (expected if add is None else expected + add).float()
+    for engine in (Engine(), CpuEngine(CpuBackend())):
+        torch.testing.assert_close(engine.conv_by_channel(rows, weight, add, table), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif("cpu" not in ENGINES, reason="no C compiler")
@@ -279,12 +357,20 @@ class Doing(nn.Module):
 @pytest.mark.parametrize(
     ("what", "why"),
     [
-        (lambda x: x.flatten(2), "'flatten' of a map is not known at single sites"),
-        (lambda x: F.layer_norm(x, x.shape[1:]), "layer_norm is not known at single sites"),
+        (lambda x: x.mean(), "'mean' of a map is not known at single sites"),
+        (lambda x: x.reshape(-1, 4), r"a map of \(1, 4, 64, 64\) as one of \(-1, 4\)"),
+        (lambda x: F.layer_norm(x, x.shape[1:]), "layer_norm of a map, its axes bchw"),
+        (lambda x: F.linear(x, torch.ones(4, 64)), "linear of a map, its axes bchw"),
         (lambda x: F.max_pool2d(x, 2), "max_pool2d is not known at single sites"),
-        (lambda x: F.conv2d(x, torch.ones(4, 1, 3, 3), groups=4), "convolution of 3x3 in 4 groups is not known"),
-        (lambda x: F.conv2d(x, torch.ones(4, 4, 7, 7)), "convolution of 7x7 in 1 group is not known"),
-        (lambda x: F.conv2d(x, torch.ones(4, 4, 3, 3), stride=(1, 2)), r"stride, padding or dilation \(1, 2\)"),
+        (lambda x: F.conv2d(x, torch.ones(4, 2, 3, 3), groups=2), "convolution of 3x3 in 2 groups is not known"),
+        (lambda x: F.conv2d(x, torch.ones(4, 4, 3, 3), stride=(1, 2)), r"stride or dilation \(1, 2\)"),
+        (lambda x: F.conv2d(x, torch.ones(4, 4, 3, 3), padding="same"), "padding 'same'"),
+        (lambda x: F.batch_norm(x.movedim(2, 1), *torch.ones(2, 64)), "batch_norm of maps, their axes bhcw"),
+        (lambda x: torch.cat([x, x], 2), "cat of maps, their axes bchw, but by channels"),
+        (lambda x: x * torch.ones(64), r"\(64,\) with a map, its axes bchw"),
+        (lambda x: x + x.transpose(2, 3), "add of maps of different kinds"),
+        (lambda x: F.scaled_dot_product_attention(x, x, x), "attention with a mask or an order, or of maps whose axes"),
+        (lambda x: F.adaptive_avg_pool2d(x, 1).flatten(2), "a pooled map, its axes bcp"),
         (lambda x: F.interpolate(x, x.shape[-2:]), "interpolate with mode 'nearest', align_corners None"),
         (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), "scale_factor 2"),
         (lambda x: F.relu(x) + F.adaptive_avg_pool2d(x, 1), "add of maps of different kinds"),
@@ -347,6 +433,20 @@ def test_multiply_adds(repeating: Bundle) -> None:
         segmenter.segment([noise((64, 96))])
     whole = dense_macs(lambda: segmenter.dense(torch.zeros(1, 3, 64, 96)))
     assert whole <= sum(counts) <= 1.02 * whole  # the border's zeros are multiplied too
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.inference_mode()
+def test_multiply_adds_of_every_network(name: str) -> None:
+    """With all pixels refined those of the network itself; with a part of them in between."""
+    network, native = NETWORKS[name]().eval(), images((64, 96)).float()
+    _, kept = record(network, small(native, 0.5))
+    refiner, whole = RepeatRefiner(network), dense_macs(lambda: network(native))
+    for share in (0.0, 0.1, 1.0):
+        with counting_refiner_macs(refiner) as counts:
+            selected = F.interpolate(torch.rand(1, 1, 4, 6), (64, 96))[:, 0] < share
+            refiner(None, Grid(selected), colours_of(native), kept)
+        assert sum(counts) < 0.6 * whole if share < 1 else whole <= sum(counts) <= 1.02 * whole
 
 
 def test_weights_of_its_own(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,14 +25,20 @@ from sparserefine_ros.benchmarks.clock import device_name, now
 from sparserefine_ros.benchmarks.paper_models import CLASSES, MODELS, gmacs, params_m
 from sparserefine_ros.errors import is_out_of_memory
 from sparserefine_ros.networks.graphed import Graphed
+from sparserefine_ros.networks.macs import counting_refiner_macs
+from sparserefine_ros.networks.repeater import RepeatRefiner, check_repeatable
+from sparserefine_ros.networks.repetition import record
 from sparserefine_ros.networks.selectors import upsample_nearest
 from sparserefine_ros.segmenter.dense import PRECISIONS, fold_batch_norm, ready
 from sparserefine_ros.segmenter.engine_trial import Case, fastest
+from sparserefine_ros.segmenter.fitting import why_not_repeatable
 from sparserefine_ros.segmenter.head import build_head
-from sparserefine_ros.segmenter.refining import Seen, Sparse
+from sparserefine_ros.segmenter.refining import Repeats, Seen, Sparse
 from sparserefine_ros.sparse.backends import pick_backend
 
 WAYS = ("hr", "lr", "refined")
+REPEATED = "repeated"
+"""One way more, where it is asked for and the model can be repeated at single sites."""
 STAGES = ("dense", "select", "refine", "merge")
 OUT_OF_MEMORY = "out of memory"
 
@@ -48,6 +54,7 @@ class Setting:
     stride: str = "dilate"
     backend: str = "auto"
     graph: bool = False  # the dense segmenter as a CUDA graph
+    repeat: bool = False  # also refined by `networks.repetition`, in the place of the sparse network
 
 
 class Pipeline:
@@ -58,6 +65,7 @@ class Pipeline:
         torch.manual_seed(0)
         network = ready(fold_batch_norm(model.dense()), self.device, self.dtype)
         self.network = Graphed(lambda images: (network(images),)) if setting.graph else network
+        self.plain = network
         refiner = model.refiner(setting.stride).to(self.device)
         backend = pick_backend(setting.backend, self.device, self.dtype)
         if setting.backend == "auto":
@@ -65,6 +73,11 @@ class Pipeline:
             backend = fastest(Case(CLASSES, args, setting.size, str(self.device), precision))
         self.backend = backend.name
         self.refining = Sparse(refiner, backend, self.dtype, None)
+        self.repeating: Repeats | None = None
+        if setting.repeat and not why_not_repeatable(network, network, self.device):
+            self.repeating = Repeats(RepeatRefiner(), backend, self.dtype, network)
+            self.recorded = check_repeatable(network, network, self.device)
+            self.plain_head = build_head(self.repeating.network, self.device)
         self.head = build_head(refiner, self.device)
         self.size, low = setting.size, model.low_size(setting.size)
         native = torch.randint(256, (batch, *self.size, 3), dtype=torch.uint8).to(self.device)
@@ -94,6 +107,25 @@ class Pipeline:
             self.head.merge(refined.features, logits, refined.sites, ids, confidence)
         return ids
 
+    def repeated(self) -> Tensor:  # -> [B, H, W]
+        assert self.repeating is not None
+        logits, kept = record(self.plain, self.low, self.recorded)
+        initial = self.plain_head.initial(logits)
+        ids, confidence = (upsample_nearest(t, self.size) for t in (initial.mask, initial.confidence))
+        upsample_nearest(initial.entropy > 1.0, self.size)
+        refined = self.repeating(replace(self.seen, kept=kept))
+        assert refined is not None
+        self.plain_head.merge(refined.features, logits, refined.sites, ids, confidence)
+        return ids
+
+    def repeated_gmac(self) -> float:
+        """Billions of multiply-adds an image that repetition adds to those at low resolution."""
+        assert self.repeating is not None
+        _, kept = record(self.plain, self.low, self.recorded)
+        with counting_refiner_macs(self.repeating.network) as counts:
+            self.repeating(replace(self.seen, kept=kept))
+        return sum(counts) / 1e9 / len(self.low)
+
     def _dense(self, images: Tensor) -> Tensor:  # [B, 3, h, w] -> [B, K, h, w]
         logits = self.network(images)
         return logits[0] if isinstance(logits, tuple) else logits
@@ -108,7 +140,8 @@ def measure(
     {dense, refiner}, gmac {hr, lr, refiner}, density, rows}. A row is one precision and batch size: ``hr``, ``lr`` and
     ``refined`` {ms, p10, p90, mean_ms} an image (or "out of memory"), ``stages`` {stage: ms an image} of the last,
     ``speedup`` (hr over refined; None where one is missing) and ``backend``. Times are medians over rounds in which
-    every way runs once.
+    every way runs once. Where the setting asks for it and the model can be repeated, a row has ``repeated`` as well,
+    with ``repeated_speedup`` and ``repeated_gmac``.
     """
     result: dict[str, Any] = {"params_m": {}, "missing": {}, "models": {}}
     for name in names:
@@ -133,7 +166,7 @@ def measure(
     result["setting"] = {
         "size": list(setting.size), "device": device_name(setting.device), "torch": str(torch.__version__),
         "threads": torch.get_num_threads(), "warmup": setting.warmup, "repeats": setting.repeats,
-        "stride": setting.stride, "graph": setting.graph, "weights": "random",
+        "stride": setting.stride, "graph": setting.graph, "repeat": setting.repeat, "weights": "random",
         "selection": "synthetic, at the paper's density",
     }  # fmt: skip
     return result
@@ -150,7 +183,8 @@ def measure_row(name: str, setting: Setting, precision: str, batch: int) -> dict
             _only_memory(error)
             return {**row, **dict.fromkeys(WAYS, OUT_OF_MEMORY)}
         row["backend"] = pipeline.backend
-        times: dict[str, list[float]] = {way: [] for way in WAYS}
+        ways = (*WAYS, REPEATED) if pipeline.repeating else WAYS
+        times: dict[str, list[float]] = {way: [] for way in ways}
         stages: dict[str, list[float]] = defaultdict(list)
         for turn in range(setting.warmup + setting.repeats):
             for way in list(times):
@@ -168,11 +202,14 @@ def measure_row(name: str, setting: Setting, precision: str, batch: int) -> dict
             for _ in range(max(1, setting.repeats // 10)):
                 pipeline.refined(lambda stage: _timed(stage, stages, setting.device, batch))
             row["stages"] = {stage: statistics.median(stages[stage]) for stage in STAGES}
+        if REPEATED in times:
+            row["repeated_gmac"] = pipeline.repeated_gmac()
         del pipeline
-    for way in WAYS:
+    for way in ways:
         row[way] = _summary(times[way]) if way in times else OUT_OF_MEMORY
-    if "hr" in times and "refined" in times:
-        row["speedup"] = row["hr"]["ms"] / row["refined"]["ms"]
+    for way, key in (("refined", "speedup"), (REPEATED, "repeated_speedup")):
+        if "hr" in times and way in times:
+            row[key] = row["hr"]["ms"] / row[way]["ms"]
     return row
 
 
@@ -211,6 +248,9 @@ def markdown(result: dict[str, Any]) -> str:
         "speed-up | dense / select / refine / merge, ms |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    if repeat := result["setting"]["repeat"]:
+        lines[0] += " + repeat, GMAC | LR + repeat, ms | speed-up |"
+        lines[1] += "---|---|---|"
     for name, entry in result["models"].items():
         params, work = entry["params_m"], entry["gmac"]
         cost = [
@@ -222,6 +262,10 @@ def markdown(result: dict[str, Any]) -> str:
             speedup = f"{row['speedup']:.2f}" if row["speedup"] else "–"
             stages = " / ".join(f"{row['stages'][s]:.1f}" for s in STAGES) if row["stages"] else "–"
             cells = [name, *cost, f"{row['precision']}, {row['batch']}", *times, speedup, stages]
+            if repeat:
+                known = "repeated_gmac" in row
+                cells += [f"{row['repeated_gmac']:.0f}" if known else "–", _cell(row.get(REPEATED, "–"))]
+                cells += [f"{row['repeated_speedup']:.2f}" if "repeated_speedup" in row else "–"]
             lines.append(f"| {' | '.join(cells)} |")
     setting = result["setting"]
     height, width = setting["size"]

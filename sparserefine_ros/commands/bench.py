@@ -108,6 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pipeline.add_argument("--stride", default="dilate", choices=("dilate", "floor"), help="of the refiner")
     pipeline.add_argument("--sparse-backend", default="auto", help="of the refiner (default: auto)")
     pipeline.add_argument("--graph", action="store_true", help="dense parts as CUDA graphs (not yet run on a GPU)")
+    pipeline.add_argument("--repeat", action="store_true", help="also refined by the dense segmenter's own layers")
     pipeline.add_argument("--json", type=parse_path, help="also save the figures here")
     pipeline.set_defaults(measure=run_pipeline)
     runtimes = kinds.add_parser("runtimes", help="a bundle's dense segmenter in every runtime, in one run")
@@ -305,7 +306,7 @@ def run_pipeline(args: argparse.Namespace) -> int:
     precisions = args.precisions or ["fp16" if cuda else "fp32"]
     for precision in precisions:  # before minutes are spent on the first
         pick_backend(args.sparse_backend, device, PRECISIONS[precision])
-    setting = Setting(args.size, device, warmup, repeats, args.stride, args.sparse_backend, args.graph)
+    setting = Setting(args.size, device, warmup, repeats, args.stride, args.sparse_backend, args.graph, args.repeat)
     result = measure(names, setting, precisions, batches)
     if not result["models"]:
         raise ParameterError("; ".join(dict.fromkeys(result["missing"].values())))

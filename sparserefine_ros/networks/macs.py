@@ -19,6 +19,7 @@ from sparserefine_ros.networks.patches import PatchRefiner
 from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.registry import Refiner
 from sparserefine_ros.networks.repeater import RepeatRefiner
+from sparserefine_ros.networks.repetition_tables import Engine
 from sparserefine_ros.sparse import StridedConv2d, SubmanifoldConv2d, TransposedConv2d
 
 
@@ -38,6 +39,16 @@ def flop_counter() -> FlopCounterMode:
 def _attention_flops(q: Any, k: Any, v: Any, *_args: Any, **_kwargs: Any) -> int:
     """q [B, heads, Q, D], k [B, heads, N, D], v [B, heads, N, V]: two products, each multiply-add two operations."""
     return int(2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3]))
+
+
+class _CountingEngine(Engine):
+    """Counts what is no product of matrices, and hence nothing to torch's counter."""
+
+    by_channel = 0
+
+    def conv_by_channel(self, x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor) -> Tensor:
+        self.by_channel += table.numel() * x.shape[1]
+        return super().conv_by_channel(x, weight, bias, table)
 
 
 @contextmanager
@@ -67,7 +78,10 @@ def counting_refiner_macs(refiner: Refiner) -> Iterator[list[int]]:
         counts.append(dense_macs(lambda: module.forward(*inputs)))  # again: the dense segmenter is no part of it
 
     def repeat(module: RepeatRefiner, inputs: tuple[Any, ...], _output: Any) -> None:
-        counts.append(dense_macs(lambda: module.forward(*inputs[:4])))  # again, with torch's products for the engine's
+        (network, selected, colours, kept), engine = inputs[:4], _CountingEngine()
+        # Again, with torch's products for the engine's.
+        counted = dense_macs(lambda: module.forward(network, selected, colours, kept, engine))
+        counts.append(counted + engine.by_channel)
 
     hooks: list[Any] = []
     if isinstance(refiner, BilateralRefiner):
@@ -78,7 +92,7 @@ def counting_refiner_macs(refiner: Refiner) -> Iterator[list[int]]:
         hooks.append(refiner.register_forward_hook(repeat))
     elif isinstance(refiner, SparseRefiner):
         hooks.append(refiner.unet.register_forward_hook(unet))
-    for module in refiner.modules():
+    for module in () if isinstance(refiner, RepeatRefiner) else refiner.modules():
         if isinstance(module, SubmanifoldConv2d | StridedConv2d | TransposedConv2d):
             hooks.append(module.register_forward_hook(sparse))
         elif isinstance(module, nn.Linear) and module not in counted_by_unet:

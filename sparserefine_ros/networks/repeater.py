@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparserefine_ros.networks.ensemblers import DirectEnsembler
-from sparserefine_ros.networks.repetition import record, repeat
+from sparserefine_ros.networks.repetition import Kept, Repetition, record, repeat
 from sparserefine_ros.networks.repetition_tables import Engine, Grid
 
 SIDE = 64  # of the image that a network is tried on, pixels: no stride in use leaves nothing of it
@@ -45,21 +45,24 @@ class RepeatRefiner(nn.Module):
         network: Callable[[Tensor], Tensor] | None,
         selected: Grid,
         colours: Callable[[Tensor], Tensor],
-        kept: Sequence[Tensor],
+        kept: Sequence[Kept],
         engine: Engine | None = None,
     ) -> Tensor:
         """[N, K]; network: what is repeated where there is no ``own``. The others are as `repeat` takes them."""
         return repeat(self.own or network, selected, colours, kept, engine)  # type: ignore[arg-type]
 
 
-def check_repeatable(dense: nn.Module, repeated: nn.Module, device: torch.device) -> None:
-    """Raises `NotRepeatableError`, or ValueError, unless ``repeated`` can follow what is kept of ``dense``.
+def check_repeatable(dense: nn.Module, repeated: nn.Module, device: torch.device) -> set[int]:
+    """The operations of ``dense`` whose results ``repeated`` reads, by their numbers, for `record`.
 
+    Raises `NotRepeatableError`, or ValueError, unless ``repeated`` can follow ``dense`` at all.
     Both take normalised images. They run on a small one, all of whose pixels are selected.
     """
     images = torch.zeros(1, 3, SIDE, SIDE, device=device)
     with torch.inference_mode():
         logits, kept = record(dense, images)
-        answer = repeat(repeated, Grid(images[:, 0] == 0), lambda flat: images.flatten(2)[0].T[flat], kept)
+        run = Repetition(Grid(images[:, 0] == 0), kept, Engine())
+        answer = run.of(repeated, lambda flat: images.flatten(2)[0].T[flat])
     if answer.shape != (SIDE * SIDE, logits.shape[1]):
         raise ValueError(f"{answer.shape[1]} classes where the dense segmenter has {logits.shape[1]}")
+    return run.read

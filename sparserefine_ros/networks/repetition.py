@@ -1,10 +1,10 @@
 """Sparse repetition: the dense segmenter's own layers once more, at native resolution, at the selected sites alone.
 
-SparseRefine trains a second network for the pixels that low resolution leaves uncertain. A convolutional segmenter can
-be that network itself. It runs at low resolution first, and what its layers gave is kept. Then the same layers run at
-native resolution, each at those sites of its grid under which a selected pixel lies; where a kernel reaches beyond
-them, it reads what the same layer gave at low resolution, enlarged. With all pixels selected that is the segmenter at
-native resolution, exactly; with few, it costs their share of it. Ours; its relatives skip blocks (Ren et al., 2018,
+SparseRefine trains a second network for the pixels that low resolution leaves uncertain. The segmenter can be that
+network itself. It runs at low resolution first, and what its layers gave is kept. Then the same layers run at native
+resolution, each at those sites of its grid under which a selected pixel lies; where a kernel reaches beyond them, or a
+site attends to all places, it reads what the same layer gave at low resolution, enlarged. With all pixels selected that
+is the segmenter at native resolution, exactly; with few, it costs their share of it. Ours; its relatives skip blocks (Ren et al., 2018,
 "SBNet") or what has not changed since the last frame (Parger et al., 2022, "DeltaCNN").
 
 Nothing of a network is written anew for it. Its ``forward`` is called with objects in the place of tensors, which
@@ -18,16 +18,18 @@ operation reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparserefine_ros.networks.repetition_axes import HEADS, MAP, as_map, reshaped, sizes
 from sparserefine_ros.networks.repetition_tables import Corners, Engine, Form, Grid, Rows, Size
 
-POINTWISE = Form(1, 1, 0, 1)
+POINTWISE = Form((1, 1), 1, (0, 0), 1)
 
 
 class NotRepeatableError(ValueError):
@@ -35,13 +37,27 @@ class NotRepeatableError(ValueError):
 
 
 class _Map:
-    """What a network may ask of a map beside torch's functions."""
+    """What a network may ask of a map beside torch's functions.
+
+    axes, heads: the order of its axes, as `repetition_axes` writes it, and into how many heads channels are split.
+    size: height and width, in whatever order the axes are.
+    """
 
     tensor: Tensor
+    size: Size
+    axes = MAP
+    heads = 1
     convolved = 0  # where a convolution gave it: how many operations there were then
 
     def __add__(self, other: Any) -> Any:
         return torch.add(self, other)  # type: ignore[call-overload]
+
+    __radd__ = __add__
+
+    def __mul__(self, other: Any) -> Any:
+        return torch.mul(self, other)  # type: ignore[arg-type]
+
+    __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> Any:
         return torch.div(self, other)  # type: ignore[arg-type]
@@ -49,19 +65,85 @@ class _Map:
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"'{name}' of a map is not known at single sites")
 
-    def dim(self) -> int:
-        return 4
-
     @property
     def device(self) -> torch.device:
         return self.tensor.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    def dim(self) -> int:
+        return len(self.axes)
+
+    def contiguous(self) -> Any:
+        return self._rearranged(self.axes, self.heads, lambda x: x.contiguous())
+
+    def transpose(self, first: int, second: int) -> Any:
+        order = list(range(self.dim()))
+        order[first], order[second] = order[second], order[first]
+        return self.permute(order)
+
+    def movedim(self, source: int, destination: int) -> Any:
+        order = [axis for axis in range(self.dim()) if axis != source % self.dim()]
+        order.insert(destination % self.dim(), source % self.dim())
+        return self.permute(order)
+
+    def permute(self, *order: Any) -> Any:
+        places = _numbers(order)
+        return self._rearranged("".join(self.axes[axis] for axis in places), self.heads, lambda x: x.permute(places))
+
+    def flatten(self, start: int = 0, end: int = -1) -> Any:
+        shape, end = list(self.shape), end % self.dim()
+        return self.reshape(*shape[:start], -1, *shape[end + 1 :])
+
+    def reshape(self, *shape: Any) -> Any:
+        sides, lengths = _numbers(shape), dict(zip(self.axes, self.shape, strict=True))
+        channels = lengths["c"] if "c" in lengths else lengths["g"] * lengths["d"]
+        found = reshaped(self.axes, sides, lengths["b"], channels, self.size)
+        if found is None:
+            raise NotRepeatableError(f"a map of {tuple(self.shape)} as one of {tuple(sides)}")
+        return self._rearranged(*found, lambda x: x.reshape(sides))
+
+    view = reshape
+
+    def _rearranged(self, axes: str, heads: int, how: Callable[[Tensor], Tensor]) -> Any:
+        result = copy.copy(self)
+        result.axes, result.heads, result.tensor, result.convolved = axes, heads, how(self.tensor), 0
+        return result
+
+
+class Kept(NamedTuple):
+    """What an operation gave at low resolution. axes, heads, size: as of `_Map`."""
+
+    axes: str
+    heads: int
+    size: Size
+    tensor: Tensor | None  # None where nobody reads it
+
+    def map(self) -> Tensor:
+        """[B, C, h, w]"""
+        assert self.tensor is not None
+        return as_map(self.tensor, self.axes, self.size)
+
 
 class Recorded(_Map):
-    """A map [B, C, h, w] of the pass at low resolution; the result of every operation on it is kept in ``kept``."""
+    """A map of the pass at low resolution; the result of every operation on it is kept in ``kept``.
 
-    def __init__(self, tensor: Tensor, kept: list[Tensor]) -> None:
-        self.tensor, self.kept = tensor, kept
+    wanted: by their numbers, the operations whose results are read; None for all.
+    """
+
+    def __init__(
+        self, tensor: Tensor, kept: list[Kept], wanted: Set[int] | None = None, like: _Map | None = None
+    ) -> None:
+        self.tensor, self.kept, self.wanted = tensor, kept, wanted
+        if like is not None:
+            self.axes, self.heads = like.axes, like.heads
+        self.size = (tensor.shape[2], tensor.shape[3]) if like is None or like.axes == MAP else like.size
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Recorded:
@@ -69,23 +151,24 @@ class Recorded(_Map):
         result = func(*_bare(args), **(kwargs or {}))
         if not isinstance(result, Tensor):
             raise NotRepeatableError(f"{_name(func)} gives no single map")
-        kept = first.kept
+        kept, wanted = first.kept, first.wanted
         if _is_part(func, first, len(kept)):
             kept.pop()
-        kept.append(result)
-        answer = Recorded(result, kept)
+        answer = Recorded(result, kept, wanted, first)
+        is_read = wanted is None or len(kept) in wanted
+        kept.append(Kept(answer.axes, answer.heads, answer.size, result if is_read else None))
         answer.convolved = len(kept) * (_name(func) == "conv2d")
         return answer
 
-    @property
-    def shape(self) -> torch.Size:
-        return self.tensor.shape
 
+def record(network: Callable[[Any], Any], images: Tensor, wanted: Set[int] | None = None) -> tuple[Tensor, list[Kept]]:
+    """``network(images)``, and what every operation on the way gave, in order.
 
-def record(network: Callable[[Any], Any], images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """``network(images)``, and what every operation on the way gave, in order."""
-    kept: list[Tensor] = []
-    result = network(Recorded(images, kept))
+    wanted: what `Repetition.read` says after a pass of the same networks, on whatever images; of the others, results
+        need not be remembered. They are most of the memory.
+    """
+    kept: list[Kept] = []
+    result = network(Recorded(images, kept, wanted))
     return result.tensor, kept
 
 
@@ -95,9 +178,22 @@ class Repetition:
     selected, kept, engine: as `repeat` takes them.
     """
 
-    def __init__(self, selected: Grid, kept: Sequence[Tensor], engine: Engine) -> None:
+    def __init__(self, selected: Grid, kept: Sequence[Kept], engine: Engine) -> None:
         self.selected, self.kept, self.engine, self.operations = selected, kept, engine, 0
         self.known: dict[Any, Any] = {}
+        self.read: set[int] = set()  # numbers of the operations whose results at low resolution stood in
+
+    def of(self, network: Callable[[Any], Any], colours: Callable[[Tensor], Tensor]) -> Tensor:
+        """As `repeat`."""
+        result = network(Pixels(self, colours))
+        if not isinstance(result, Repeated) or result.size != self.selected.size:
+            raise NotRepeatableError("logits of another size than the images")
+        return result.tensor
+
+    def low(self, number: int) -> Tensor:
+        """[B, C, h, w]: what the operation of that number gave at low resolution."""
+        self.read.add(number)
+        return self.kept[number].map()
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """``make()``, kept under ``key`` for the operations that need it again."""
@@ -116,30 +212,40 @@ class Repetition:
 
 
 class Repeated(_Map):
-    """A map at native resolution: its values at the active sites of a grid, ``tensor`` [N, C].
+    """A map at native resolution: its values at the active sites of a grid, ``tensor`` [N, C] whatever its axes.
 
-    low: [B, C, h', w'], the same map at low resolution, which stands in for the other sites.
+    number: of the operation that gave it; what the same gave at low resolution stands in for the other sites.
     """
 
-    def __init__(self, run: Repetition, size: Size, rows: Tensor, low: Tensor) -> None:
-        self.run, self.size, self.tensor, self.low = run, size, rows, low
+    number: int
+
+    def __init__(self, run: Repetition, size: Size, rows: Tensor, number: int | None = None) -> None:
+        self.run, self.size, self.tensor = run, size, rows
+        if number is not None:
+            self.number, self.axes, self.heads = number, run.kept[number].axes, run.kept[number].heads
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        first = next(x for x in _operands(args) if isinstance(x, Repeated))
+        first, *others = (x for x in _operands(args) if isinstance(x, Repeated))
         operation, run = OPERATIONS.get(_name(func)), first.run
         if operation is None:
             raise NotRepeatableError(f"{_name(func)} is not known at single sites")
+        if any(type(other) is not type(first) for other in others):
+            raise NotRepeatableError(f"{_name(func)} of maps of different kinds")
         run.operations += not _is_part(func, first, run.operations)
         if run.operations > len(run.kept):
             raise NotRepeatableError("it has more operations than the dense segmenter")
-        answer = operation(func, first, run.kept[run.operations - 1], args, kwargs or {})
+        if isinstance(first, Whole) and operation is not _interpolation:
+            answer: Repeated = Whole(run, func(*_bare(args), **(kwargs or {})))
+        else:
+            answer = operation(func, first, run.operations - 1, args, kwargs or {})
         answer.convolved = run.operations * (_name(func) == "conv2d")
         return answer
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((len(self.run.selected.active), self.tensor.shape[1], *self.size))
+        images, channels = len(self.run.selected.active), self.tensor.shape[1]
+        return torch.Size(sizes(self.axes, images, channels, self.size, self.heads))
 
     @property
     def grid(self) -> Grid:
@@ -147,11 +253,22 @@ class Repeated(_Map):
 
     def read(self, found: Rows, key: Any) -> Tensor:
         """[N + M, C]: the rows that are ``found`` by the operation of ``key``."""
+        low = self.run.low(self.number)
         if len(found.beyond) == 0:
             return self.tensor
-        size, low = (self.low.shape[2], self.low.shape[3]), self.low
+        size = (low.shape[2], low.shape[3])
         corners = self.run.once((key, size), lambda: self.run.engine.corners(found.beyond, self.size, size, low.dtype))
         return torch.cat([self.tensor, corners.blend(_as_rows(low)).to(self.tensor.dtype)])
+
+    def whole(self) -> Tensor:
+        """[B, C, h, w], channels last in memory: everywhere, its sites among what low resolution gave."""
+        low = self.run.low(self.number).to(self.tensor.dtype)
+        rows = _as_rows(F.interpolate(low, self.size, mode="bilinear", align_corners=False))
+        rows = rows.index_copy(0, self.grid.sites.flat, self.tensor)
+        return rows.view(len(low), *self.size, -1).permute(0, 3, 1, 2)
+
+    def _rearranged(self, axes: str, heads: int, how: Callable[[Tensor], Tensor]) -> Any:
+        return super()._rearranged(axes, heads, lambda rows: rows)
 
 
 class Pixels(Repeated):
@@ -163,7 +280,7 @@ class Pixels(Repeated):
     def __init__(self, run: Repetition, colours: Callable[[Tensor], Tensor]) -> None:
         active = run.selected.active
         nothing = torch.empty(0, 3, device=active.device)
-        super().__init__(run, run.selected.size, nothing, nothing)
+        super().__init__(run, run.selected.size, nothing)
         self.colours, self.empty = colours, Grid(torch.zeros_like(active))
 
     @property
@@ -178,14 +295,21 @@ class Whole(Repeated):
     """A small map that is known everywhere, as after pooling: ``tensor`` [B, C, h, w]."""
 
     def __init__(self, run: Repetition, tensor: Tensor) -> None:
-        super().__init__(run, (tensor.shape[2], tensor.shape[3]), tensor, tensor)
+        super().__init__(run, (tensor.shape[2], tensor.shape[3]), tensor)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    def _rearranged(self, axes: str, heads: int, how: Callable[[Tensor], Tensor]) -> Any:
+        raise NotRepeatableError(f"a pooled map, its axes {axes}")
 
 
 def repeat(
     network: Callable[[Any], Any],
     selected: Grid,
     colours: Callable[[Tensor], Tensor],
-    kept: Sequence[Tensor],
+    kept: Sequence[Kept],
     engine: Engine | None = None,
 ) -> Tensor:
     """Logits [N, K] of ``network`` at the N active pixels of ``selected``, in the order of memory.
@@ -196,38 +320,32 @@ def repeat(
     engine: None for torch's convolutions, which are differentiable.
     Raises NotRepeatableError for an operation that is none of OPERATIONS, or not in the form that is known.
     """
-    result = network(Pixels(Repetition(selected, kept, engine or Engine()), colours))
-    if not isinstance(result, Repeated) or result.size != selected.size:
-        raise NotRepeatableError("logits of another size than the images")
-    return result.tensor
+    return Repetition(selected, kept, engine or Engine()).of(network, colours)
 
 
-def _convolution(func: Any, x: Repeated, low: Tensor, args: Any, kwargs: Any) -> Repeated:
-    if isinstance(x, Whole):
-        return Whole(x.run, func(*_bare(args), **kwargs))
+def _convolution(func: Any, x: Repeated, number: int, args: Any, kwargs: Any) -> Repeated:
     known = {"weight": None, "bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    weight, bias, *sides, groups = _arguments(args, kwargs, known)
-    kernel = (weight.shape[2], weight.shape[3])
-    if groups != 1 or kernel not in ((1, 1), (3, 3)):
-        what = f"{kernel[0]}x{kernel[1]} in {groups} group{'s' * (groups > 1)}"
+    weight, bias, stride, padding, dilation, groups = _arguments(args, kwargs, known)
+    by_channel = groups == len(weight) == x.shape[1]
+    if groups != 1 and not by_channel:
+        what = f"{weight.shape[2]}x{weight.shape[3]} in {groups} groups"
         raise NotRepeatableError(f"a convolution of {what} is not known at single sites")
-    run, form = x.run, Form(kernel[0], *(_side(value) for value in sides))
-    if form == POINTWISE and not isinstance(x, Pixels):
-        return Repeated(run, x.size, F.linear(x.tensor.to(weight.dtype), weight[:, :, 0, 0], bias), low)
-    height, width = (
-        (side + 2 * form.padding - form.dilation * (form.kernel - 1) - 1) // form.stride + 1 for side in x.size
-    )
-    grid, key = run.grid((height, width)), (type(x), x.size, form)
+    run = x.run
+    form = Form((weight.shape[2], weight.shape[3]), _side(stride), _pair(padding), _side(dilation))
+    if form == POINTWISE and not isinstance(x, Pixels) and not by_channel:
+        return Repeated(run, x.size, F.linear(x.tensor.to(weight.dtype), weight[:, :, 0, 0], bias), number)
+    grid, key = run.grid(form.output(x.size)), (type(x), x.size, form)
     found, table = run.once(key, lambda: run.engine.under(x.grid, grid, form))
     rows = x.read(found, key).to(weight.dtype)
-    if form.kernel == 1:
-        picked = rows.index_select(0, table[:, 0])  # a shortcut with a stride; none lies outside
-        return Repeated(run, grid.size, F.linear(picked, weight[:, :, 0, 0], bias), low)
+    if by_channel:
+        return Repeated(run, grid.size, run.engine.conv_by_channel(rows, weight, bias, table), number)
+    if form.kernel != (3, 3):
+        return Repeated(run, grid.size, run.engine.conv_any(rows, weight, bias, table), number)
     kernel_map = run.once((*key, "map"), lambda: run.engine.kernel_map(x.grid, found, table, form))
-    return Repeated(run, grid.size, run.engine.conv(rows, weight, bias, kernel_map), low)
+    return Repeated(run, grid.size, run.engine.conv(rows, weight, bias, kernel_map), number)
 
 
-def _interpolation(func: Any, x: Repeated, low: Tensor, args: Any, kwargs: Any) -> Repeated:
+def _interpolation(func: Any, x: Repeated, number: int, args: Any, kwargs: Any) -> Repeated:
     known = {"size": None, "scale_factor": None, "mode": "nearest", "align_corners": None}
     size, factor, mode, corners = _arguments(args, kwargs, known)
     if mode != "bilinear" or corners or size is None or factor is not None:
@@ -236,7 +354,7 @@ def _interpolation(func: Any, x: Repeated, low: Tensor, args: Any, kwargs: Any) 
     grid, key = run.grid(size), (type(x), x.size, "to", size)
     corners = run.once((*key, "corners"), lambda: run.engine.corners(grid.sites, size, x.size, x.tensor.dtype))
     if isinstance(x, Whole):
-        return Repeated(run, size, corners.blend(_as_rows(x.tensor)), low)
+        return Repeated(run, size, corners.blend(_as_rows(x.tensor)), number)
 
     def make() -> tuple[Rows, Corners]:
         read = torch.zeros_like(x.grid.active)
@@ -245,33 +363,83 @@ def _interpolation(func: Any, x: Repeated, low: Tensor, args: Any, kwargs: Any) 
         return found, corners.through(found.number)
 
     found, rows = run.once(key, make)
-    return Repeated(run, size, rows.blend(x.read(found, key)), low)
+    return Repeated(run, size, rows.blend(x.read(found, key)), number)
 
 
-def _pooling(func: Any, x: Repeated, low: Tensor, args: Any, kwargs: Any) -> Repeated:
-    if isinstance(x, Whole):
-        return Whole(x.run, func(*_bare(args), **kwargs))
-    (batch, channels), grid = x.shape[:2], x.grid
-    enlarged = _as_rows(F.interpolate(x.low.to(x.tensor.dtype), x.size, mode="bilinear", align_corners=False))
-    whole = enlarged.index_copy(0, grid.sites.flat, x.tensor).view(batch, *x.size, channels).permute(0, 3, 1, 2)
-    return Whole(x.run, func(whole, *args[1:], **kwargs))
+def _pooling(func: Any, x: Repeated, number: int, args: Any, kwargs: Any) -> Repeated:
+    return Whole(x.run, func(x.whole(), *args[1:], **kwargs))
 
 
-def _elementwise(func: Any, x: Repeated, low: Tensor, args: Any, kwargs: Any) -> Repeated:
+def _over_all_places(func: Any, x: Repeated, number: int, args: Any, kwargs: Any) -> Repeated:
+    """Of one map, whose values depend on all of it."""
+    whole = func(x.whole(), *_bare(args[1:]), **kwargs)
+    return Repeated(x.run, x.size, x.grid.sites.gather(whole), number)
+
+
+def _over_channels(func: Any, x: Repeated, number: int, args: Any, kwargs: Any) -> Repeated:
+    """Of one map, place by place."""
+    if x.axes[-1] != "c":
+        raise NotRepeatableError(f"{_name(func)} of a map, its axes {x.axes}")
+    return Repeated(x.run, x.size, func(x.tensor, *args[1:], **kwargs), number)
+
+
+def _elementwise(func: Any, x: Repeated, number: int, args: Any, kwargs: Any) -> Repeated:
     """Of one map, or several of one grid; channels are axis 1 of rows as well."""
     maps = [y for y in _operands(args) if isinstance(y, Repeated)]
-    if any(type(y) is not type(x) or y.size != x.size or isinstance(y, Pixels) for y in maps):
+    if any(y.size != x.size or y.axes != x.axes or isinstance(y, Pixels) for y in maps):
         raise NotRepeatableError(f"{_name(func)} of maps of different kinds")
-    result = func(*_bare(args), **kwargs)
-    return Whole(x.run, result) if isinstance(x, Whole) else Repeated(x.run, x.size, result, low)
+    return Repeated(x.run, x.size, func(*_bare(args), **kwargs), number)
 
 
-ELEMENTWISE = ("add", "batch_norm", "cat", "div", "dropout", "gelu", "relu", "relu_", "sigmoid", "silu")
-OPERATIONS: Mapping[str, Callable[[Any, Any, Tensor, Any, Any], Repeated]] = {
+def _by_axis_1(func: Any, x: Repeated, number: int, args: Any, kwargs: Any) -> Repeated:
+    if x.axes != MAP or _name(func) == "cat" and _arguments(args, kwargs, {"dim": 0}) != [1]:
+        raise NotRepeatableError(f"{_name(func)} of maps, their axes {x.axes}, but by channels")
+    return _elementwise(func, x, number, args, kwargs)
+
+
+def _arithmetic(func: Any, x: Repeated, number: int, args: Any, kwargs: Any) -> Repeated:
+    """Of maps, numbers, and parameters that have a value a channel."""
+    return _elementwise(func, x, number, [y if isinstance(y, _Map) else _by_channel(y, x) for y in args], kwargs)
+
+
+def _by_channel(value: Any, x: Repeated) -> Any:
+    """What is computed with rows where ``value`` is computed with ``x``."""
+    if not isinstance(value, Tensor) or value.numel() == 1:
+        return value
+    long = [axis for axis, side in zip(reversed(x.axes), reversed(value.shape), strict=False) if side != 1]
+    if value.dim() > x.dim() or long != ["c"]:
+        raise NotRepeatableError(f"{tuple(value.shape)} with a map, its axes {x.axes}")
+    return value.reshape(-1)
+
+
+def _attention(func: Any, x: Repeated, number: int, args: Any, kwargs: Any) -> Repeated:
+    """Every site's query asks all places: keys and values are wanted everywhere, in maps that networks keep small."""
+    known = {"key": None, "value": None, "attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None}
+    key, value, mask, dropout, causal, scale = _arguments(args, kwargs, known)
+    if mask is not None or causal or any(y.axes != HEADS for y in (x, key, value)):
+        raise NotRepeatableError(f"attention with a mask or an order, or of maps whose axes are {x.axes}")
+    run, heads = x.run, (x.heads, -1)
+    keys, values = (y.whole().flatten(2).transpose(1, 2).unflatten(2, heads).transpose(1, 2) for y in (key, value))
+    counts = run.once((x.size, "counts"), lambda: x.grid.sites.sites[:, 0].bincount(minlength=len(keys)).tolist())
+    answers = []
+    for image, rows in enumerate(x.tensor.split(counts)):
+        queries = rows.unflatten(1, heads).transpose(0, 1)[None]  # [1, heads, n, d]
+        one = slice(image, image + 1)
+        answer = func(queries, keys[one], values[one], dropout_p=dropout, scale=scale)
+        answers.append(answer[0].transpose(0, 1).flatten(1))
+    return Repeated(run, x.size, torch.cat(answers), number)
+
+
+OPERATIONS: Mapping[str, Callable[[Any, Any, int, Any, Any], Repeated]] = {
     "conv2d": _convolution,
     "interpolate": _interpolation,
     "adaptive_avg_pool2d": _pooling,
-    **dict.fromkeys(ELEMENTWISE, _elementwise),
+    **dict.fromkeys(("group_norm", "hamburger"), _over_all_places),
+    "scaled_dot_product_attention": _attention,
+    **dict.fromkeys(("linear", "layer_norm"), _over_channels),
+    **dict.fromkeys(("add", "div", "mul"), _arithmetic),
+    **dict.fromkeys(("batch_norm", "cat"), _by_axis_1),
+    **dict.fromkeys(("dropout", "gelu", "relu", "relu_", "sigmoid", "silu"), _elementwise),
 }
 """By the names of torch's functions."""
 
@@ -311,7 +479,20 @@ def _arguments(args: Any, kwargs: Any, known: Mapping[str, Any]) -> list[Any]:
 
 def _side(value: Any) -> int:
     """The number that ``value`` is for both axes."""
-    values = set(value) if isinstance(value, list | tuple) else {value}
-    if len(values) != 1 or not all(isinstance(side, int) for side in values):
-        raise NotRepeatableError(f"a convolution of stride, padding or dilation {value}")
-    return int(values.pop())
+    first, second = _pair(value)
+    if first != second:
+        raise NotRepeatableError(f"a convolution of stride or dilation {value}")
+    return first
+
+
+def _pair(value: Any) -> Size:
+    """For rows and columns."""
+    first, second = value if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
+    if not isinstance(first, int) or not isinstance(second, int):
+        raise NotRepeatableError(f"a convolution of padding {value!r}")
+    return first, second
+
+
+def _numbers(given: Any) -> list[int]:
+    """What came one by one or as one sequence."""
+    return list(given[0] if len(given) == 1 and isinstance(given[0], list | tuple) else given)

@@ -18,6 +18,27 @@ void sr_look_up(const struct look_up *j, int64_t first, int64_t last) {
     }
 }
 
+// A convolution of each channel by itself, at n outputs.
+struct by_channel {
+    const float *rows, *weight, *bias;  // [count, channels], [taps, channels], [channels]
+    const int32_t *table;               // [n, taps] rows, count where there is none
+    int64_t taps, channels, count;
+    float *out;  // [n, channels]
+};
+
+void sr_by_channel(const struct by_channel *j, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++) {
+        const int32_t *row = j->table + i * j->taps;
+        float *restrict out = j->out + i * j->channels;
+        for (int64_t c = 0; c < j->channels; c++) out[c] = j->bias[c];
+        for (int64_t t = 0; t < j->taps; t++) {
+            if (row[t] == j->count) continue;
+            const float *x = j->rows + row[t] * j->channels, *w = j->weight + t * j->channels;
+            for (int64_t c = 0; c < j->channels; c++) out[c] += w[c] * x[c];
+        }
+    }
+}
+
 // Bilinear interpolation at n sites of a grid, in a map [images, height, width].
 struct corners {
     const int64_t *image, *row, *column;  // [n] on the grid

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparserefine_ros.native import address, load, parallel
-from sparserefine_ros.networks.repetition_tables import Corners, Engine, Form, Grid, Rows, Size, axis
+from sparserefine_ros.networks.repetition_tables import Corners, Engine, Form, Grid, Rows, Size, axis, by_tap
 from sparserefine_ros.sparse import KernelMap, SiteSet
 from sparserefine_ros.sparse.backends.cpu import MAX_BLOCKS, BlockMap, CpuBackend
 
 KERNEL = Path(__file__).with_name("repetition_cpu.c")
 CHUNK = 1024  # sites a thread takes at a time
-BLOCKS_OF = Form(3, 1, 1, 1)  # the convolution that `CpuBackend` can do by 2x2 blocks
+BY_CHANNEL = 64  # of a convolution by channels, whose rows a core's cache should hold
+BLOCKS_OF = Form((3, 3), 1, (1, 1), 1)  # the convolution that `CpuBackend` can do by 2x2 blocks
 
 
 class _LookUp(ctypes.Structure):
@@ -29,6 +30,15 @@ class _LookUp(ctypes.Structure):
 
     _fields_ = [
         ("number", c_void_p), ("base", c_void_p), ("offsets", c_void_p), ("taps", c_int64), ("table", c_void_p),
+    ]  # fmt: skip
+
+
+class _ByChannel(ctypes.Structure):
+    """As ``struct by_channel`` in repetition_cpu.c."""
+
+    _fields_ = [
+        ("rows", c_void_p), ("weight", c_void_p), ("bias", c_void_p), ("table", c_void_p), ("taps", c_int64),
+        ("channels", c_int64), ("count", c_int64), ("out", c_void_p),
     ]  # fmt: skip
 
 
@@ -84,6 +94,17 @@ class CpuEngine(Engine):
         job = _LookUp(number.data_ptr(), base.data_ptr(), steps.data_ptr(), len(offsets), table.data_ptr())
         parallel(load(KERNEL), "sr_look_up", job, len(base), CHUNK)
         return table
+
+    def conv_by_channel(self, x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor) -> Tensor:
+        out, x = torch.empty(len(table), x.shape[1]), x.contiguous()
+        taps = by_tap(weight)[:, 0].contiguous()
+        bias = x.new_zeros(x.shape[1]) if bias is None else bias
+        job = _ByChannel(
+            x.data_ptr(), taps.data_ptr(), bias.data_ptr(), table.data_ptr(), table.shape[1], x.shape[1], len(x),
+            out.data_ptr(),
+        )  # fmt: skip
+        parallel(load(KERNEL), "sr_by_channel", job, len(table), BY_CHANNEL)
+        return out
 
     def kernel_map(self, source: Grid, found: Rows, table: Tensor, form: Form) -> KernelMap:
         plain = super().kernel_map(source, found, table, form)

@@ -7,6 +7,7 @@ operation reads, n outputs of the operation, T inputs that each of them reads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from sparserefine_ros.sparse.conv import sparse_conv
 from sparserefine_ros.sparse.maps import TAPS
 
 Size = tuple[int, int]
+SITES_AT_ONCE = 4096  # whose inputs are laid side by side for a product
 
 
 class Grid:
@@ -31,12 +33,20 @@ class Grid:
 
 
 class Form(NamedTuple):
-    """Of a convolution, the same on both axes."""
+    """Of a convolution; pairs are of rows and columns."""
 
-    kernel: int
+    kernel: Size
     stride: int
-    padding: int
+    padding: Size
     dilation: int
+
+    def output(self, size: Size) -> Size:
+        """Of an input of ``size``."""
+        height, width = (
+            (side + 2 * padding - self.dilation * (kernel - 1) - 1) // self.stride + 1
+            for side, kernel, padding in zip(size, self.kernel, self.padding, strict=True)
+        )
+        return height, width
 
 
 class Rows(NamedTuple):
@@ -52,7 +62,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, source: Grid, read: Tensor, border: int) -> Rows:
-        """Of ``source``, where pixels ``read`` [B, tall, wide] bool are asked for."""
+        """Of ``source``, where pixels ``read`` [B, tall, wide] bool are asked for; ``border`` above and to the left."""
         height, width = source.size
         inside = read[:, border : border + height, border : border + width]
         beyond = SiteSet.from_mask(inside & ~source.active)
@@ -99,34 +109,50 @@ class Engine:
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: KernelMap) -> Tensor:
         """As `sparse_conv`, of a weight [Cout, Cin, 3, 3]."""
         if self.backend is None:
-            return sparse_conv(x, _by_tap(weight), kernel_map, bias)
+            return sparse_conv(x, by_tap(weight), kernel_map, bias)
         kept = self.packed.get(id(weight))
         if kept is None:  # with the weight itself, so that its id stays its own
-            kept = self.packed[id(weight)] = (weight, self.backend.pack(_by_tap(weight)))
+            kept = self.packed[id(weight)] = (weight, self.backend.pack(by_tap(weight)))
         out = x.new_empty(kernel_map.n_out, weight.shape[0])
         self.backend.conv(x, kept[1], kernel_map, [Output(out, shift=bias)])
         return out
 
+    def conv_any(self, x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor) -> Tensor:
+        """[n, Cout] of rows [R, Cin], a weight [Cout, Cin, height, width], and the rows [n, T] that outputs read, R
+        where there is none."""
+        x, by_output = _with_zeros(x), by_tap(weight).flatten(0, 1).T
+        return torch.cat([F.linear(x[part].flatten(1), by_output, bias) for part in table.split(SITES_AT_ONCE)])
+
+    def conv_by_channel(self, x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor) -> Tensor:
+        """As `conv_any`, each channel by itself: [n, C] of rows [R, C] and a weight [C, 1, height, width]."""
+        x = _with_zeros(x)
+        out = x.new_zeros(len(table), x.shape[1]) if bias is None else bias.expand(len(table), -1)
+        for rows, one in zip(table.unbind(1), by_tap(weight)[:, 0], strict=True):
+            out = torch.addcmul(out, x.index_select(0, rows), one)
+        return out
+
     def under(self, source: Grid, target: Grid, form: Form) -> tuple[Rows, Tensor]:
         """What a kernel's taps read of ``source`` at each site of ``target``: rows [n, T] int32, rows fastest."""
-        taps = [tap * form.dilation for tap in range(form.kernel)]
-        batch, height, width = source.active.shape
+        batch, border = len(source.active), max(form.padding)
+        taps = [
+            [border - padding + tap * form.dilation for tap in range(kernel)]
+            for kernel, padding in zip(form.kernel, form.padding, strict=True)
+        ]
         # A border saves every bounds check; no tap lies further out than this. Two pixels more: see `kernel_map`.
         tall, wide = (
-            max(side + form.padding + 2, (out - 1) * form.stride + taps[-1] + 1)
-            for side, out in ((height, target.size[0]), (width, target.size[1]))
+            max(side + border + 2, (out - 1) * form.stride + along[-1] + 1)
+            for side, out, along in zip(source.size, target.size, taps, strict=True)
         )
         read = torch.zeros(batch, tall, wide, dtype=torch.bool, device=source.active.device)
-        for y in taps:
-            for x in taps:
-                rows, columns = (
-                    slice(tap, tap + (out - 1) * form.stride + 1, form.stride)
-                    for tap, out in ((y, target.size[0]), (x, target.size[1]))
-                )
-                read[:, rows, columns] |= target.active
-        found = Rows.of(source, read, form.padding)
+        for y, x in product(*taps):
+            rows, columns = (
+                slice(tap, tap + (out - 1) * form.stride + 1, form.stride)
+                for tap, out in zip((y, x), target.size, strict=True)
+            )
+            read[:, rows, columns] |= target.active
+        found = Rows.of(source, read, border)
         base = target.sites.flat_in(tall, wide, stride=form.stride)
-        return found, self.look_up(found.number, base, [y * wide + x for x in taps for y in taps])
+        return found, self.look_up(found.number, base, [y * wide + x for x in taps[1] for y in taps[0]])
 
     def look_up(self, number: Tensor, base: Tensor, offsets: Sequence[int]) -> Tensor:
         """Entries of ``number`` at ``base`` [n] plus each of T ``offsets``: [n, T] int32."""
@@ -166,6 +192,11 @@ def axis(here: int, there: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return first.long(), centre.clamp(min=0) - first
 
 
-def _by_tap(weight: Tensor) -> Tensor:
-    """A convolution's [Cout, Cin, 3, 3] as the engine's [9, Cin, Cout]."""
-    return weight.permute(3, 2, 1, 0).reshape(TAPS, weight.shape[1], weight.shape[0])
+def by_tap(weight: Tensor) -> Tensor:
+    """A convolution's [Cout, Cin, height, width] as the engine's [T, Cin, Cout]."""
+    return weight.permute(3, 2, 1, 0).flatten(0, 1)
+
+
+def _with_zeros(x: Tensor) -> Tensor:
+    """[R + 1, C]: the last row is what lies outside."""
+    return torch.cat([x, x.new_zeros(1, x.shape[1])])

@@ -15,6 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from sparserefine_ros.networks.offset import OffsetClassifier
 
@@ -82,6 +83,17 @@ def explain(x: Tensor) -> Tensor:
     return bases @ _update(codes, x.transpose(-2, -1), bases).transpose(-2, -1)
 
 
+def hamburger(x: Tensor) -> Tensor:  # [B, C, h, w] -> [B, C, h, w]
+    """`explain` of a map, as one of torch's functions: what is no tensor may do it its own way (`repetition`)."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(hamburger, (x,), x)  # type: ignore[no-any-return]
+    # Half precision cannot divide by what is nearly zero. The meta device, on which work is counted, has none.
+    has_autocast = torch.amp.is_autocast_available(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if has_autocast else nullcontext():
+        exact = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2)
+        return explain(exact).to(x.dtype).unflatten(2, x.shape[-2:])
+
+
 @cache
 @torch.inference_mode(False)  # whoever asks first
 def _draw(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -139,16 +151,8 @@ class SegNeXt(nn.Module):
         size = features[1].shape[-2:]  # stride 8
         resized = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in features[1:]]
         y = self.squeeze(torch.cat(resized, 1))
-        y = self.align(F.relu(y + self.ham_out(self._ham(F.relu(self.ham_in(y))))))
+        y = self.align(F.relu(y + self.ham_out(hamburger(F.relu(self.ham_in(y))))))
         return F.interpolate(self.classifier(y), images.shape[-2:], mode="bilinear", align_corners=False)
-
-    @staticmethod
-    def _ham(x: Tensor) -> Tensor:  # [B, C, h, w] -> [B, C, h, w]
-        # Half precision cannot divide by what is nearly zero. The meta device, on which work is counted, has none.
-        has_autocast = torch.amp.is_autocast_available(x.device.type)
-        with torch.autocast(x.device.type, enabled=False) if has_autocast else nullcontext():
-            exact = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2)
-            return explain(exact).to(x.dtype).unflatten(2, x.shape[-2:])
 
 
 class _ConvNorm(nn.Sequential):

@@ -40,13 +40,14 @@ def check_refiner(bundle: Bundle, refiner: Refiner, dense: nn.Module, native: Ne
         _check_maps(bundle, name, refiner, dense)
 
 
-def check_repetition(bundle: Bundle, repeated: nn.Module, dense: nn.Module, device: torch.device) -> None:
-    """Raises BundleError unless ``repeated`` can follow ``dense``, of ``bundle``; both as `load_dense` loads them."""
+def check_repetition(bundle: Bundle, repeated: nn.Module, dense: nn.Module, device: torch.device) -> set[int]:
+    """As `check_repeatable`; both as `load_dense` loads them, ``dense`` that of ``bundle``. Raises BundleError."""
     if reason := why_not_repeatable(repeated, dense, device):
         raise BundleError(
             f"refiner 'repeat' cannot follow network {bundle.dense.network!r} of bundle {bundle.name!r}: {reason}; "
             "take another refiner"
         )
+    return check_repeatable(dense, repeated, device)
 
 
 def why_not_repeatable(repeated: nn.Module, dense: nn.Module, device: torch.device) -> str:

@@ -21,6 +21,7 @@ from sparserefine_ros.networks.pointrend import PointRend
 from sparserefine_ros.networks.points import CoarseFine
 from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.repeater import RepeatRefiner
+from sparserefine_ros.networks.repetition import Kept
 from sparserefine_ros.networks.repetition_cpu import CpuEngine
 from sparserefine_ros.networks.repetition_tables import Engine, Grid
 from sparserefine_ros.segmenter.dense import fold_batch_norm, ready
@@ -40,7 +41,7 @@ class Seen:
     low: Tensor  # [B, h, w, 3] uint8 RGB: what the dense segmenter saw
     probabilities: Tensor | None  # [B, K, h, w] of the initial prediction, where the refiner's ``context`` asks for it
     maps: CoarseFine | None = None  # of the dense segmenter, where the refiner's kind asks for it
-    kept: Sequence[Tensor] = ()  # of `repetition.record` of the dense segmenter, where the refiner's kind asks for it
+    kept: Sequence[Kept] = ()  # of `repetition.record` of the dense segmenter, where the refiner's kind asks for it
 
 
 class Refined(NamedTuple):

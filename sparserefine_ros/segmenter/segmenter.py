@@ -28,7 +28,7 @@ from sparserefine_ros.networks.points import CoarseFine
 from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.registry import REFINERS, Refiner
 from sparserefine_ros.networks.repeater import RepeatRefiner
-from sparserefine_ros.networks.repetition import record
+from sparserefine_ros.networks.repetition import Kept, record
 from sparserefine_ros.networks.selectors import upsample_nearest
 from sparserefine_ros.segmenter.bundle import ONNX, Bundle, NetworkSpec
 from sparserefine_ros.segmenter.dense import (
@@ -148,7 +148,7 @@ class Segmenter:
                 native = load_dense(bundle, tuned, self.device, precision).module if tuned else self.dense
             self.refining = kind(self.refiner, backend, PRECISIONS[precision], native)
             if isinstance(self.refiner, RepeatRefiner):
-                check_repetition(bundle, self.refiner.own or native, self.dense, self.device)
+                self.recorded = check_repetition(bundle, self.refiner.own or native, self.dense, self.device)
         self.sparse_backend = backend.name
         self.head = build_head(self.refiner, self.device)
         captured = self.runtime == "torch_graph"  # for who asks: not yet run on a GPU
@@ -265,13 +265,13 @@ class Segmenter:
             native = upload(images, self.device) if on_gpu or refine else None
             low = None if on_gpu else upload([resize(image, self.low_size(size)) for image in images], self.device)
         maps: CoarseFine | None = None
-        kept: Sequence[Tensor] = ()
+        kept: Sequence[Kept] = ()
         with clock("dense"), self._naming(size):
             if refine and self.refining is not None and (self.refining.needs_maps or self.refining.needs_record):
                 assert native is not None
                 low = shrink(native, self.low_size(size)) if low is None else low
                 if self.refining.needs_record:
-                    logits, kept = record(self.dense, normalise(low))
+                    logits, kept = record(self.dense, normalise(low), self.recorded)
                 else:
                     maps = coarse_and_fine(self.dense, normalise(low))
                     logits = F.interpolate(maps.coarse, low.shape[1:3], mode="bilinear", align_corners=False)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparserefine_ros.datasets.base import UNLABELLED
-from sparserefine_ros.networks.repeater import RepeatRefiner
+from sparserefine_ros.networks.repeater import RepeatRefiner, check_repeatable
 from sparserefine_ros.networks.repetition import record
 from sparserefine_ros.networks.repetition_tables import Grid
 from sparserefine_ros.networks.selectors import EntropySelector, Prediction, upsample_nearest
@@ -33,6 +33,7 @@ class RepetitionTask(RefinerTask):
     def __init__(self, refiner: RepeatRefiner, teacher: nn.Module, *args: Any) -> None:
         super().__init__(refiner, *args)
         self.teacher = teacher.to(self.device).eval().requires_grad_(False)
+        self.recorded = check_repeatable(self.dense, self.teacher, self.device)
 
     def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         """Kullback-Leibler divergence of the student's probabilities from the teacher's, mean over selected pixels."""
@@ -55,7 +56,7 @@ class RepetitionTask(RefinerTask):
         """
         pixels, size = images.view(-1, 3), (images.shape[1], images.shape[2])
         with torch.no_grad():
-            initial, kept = record(self.dense, normalise(lows))
+            initial, kept = record(self.dense, normalise(lows), self.recorded)
             selected = EntropySelector(threshold)(Prediction(initial.float(), size))
         grid = Grid(selected if wanted is None else selected & wanted)
         logits = module(None, grid, lambda flat: normalise_pixels(pixels[flat]), kept)
