@@ -116,4 +116,5 @@ class CountingBackend(Backend):
 
 def _on_meta(make: Callable[[], Any]) -> Any:
     with torch.device("meta"):
-        return make().to("meta")  # transformers makes a few of its tensors elsewhere
+        # transformers makes a few of its tensors elsewhere; torch's counter stumbles over weights handed to a module.
+        return make().to("meta").requires_grad_(False)

@@ -4,8 +4,8 @@ SparseRefine trains a second network for the pixels that low resolution leaves u
 network itself. It runs at low resolution first, and what its layers gave is kept. Then the same layers run at native
 resolution, each at those sites of its grid under which a selected pixel lies; where a kernel reaches beyond them, or a
 site attends to all places, it reads what the same layer gave at low resolution, enlarged. With all pixels selected that
-is the segmenter at native resolution, exactly; with few, it costs their share of it. Ours; its relatives skip blocks (Ren et al., 2018,
-"SBNet") or what has not changed since the last frame (Parger et al., 2022, "DeltaCNN").
+is the segmenter at native resolution, exactly; with few, it costs their share of it. Ours; its relatives skip blocks
+(Ren et al., 2018, "SBNet") or what has not changed since the last frame (Parger et al., 2022, "DeltaCNN").
 
 Nothing of a network is written anew for it. Its ``forward`` is called with objects in the place of tensors, which
 torch hands every operation to (``__torch_function__``): `Recorded` computes it and keeps the result, `Repeated`
