@@ -20,6 +20,7 @@ from sparserefine_ros.errors import ParameterError
 from sparserefine_ros.evaluation.compare import HR, LR, REFINED
 from sparserefine_ros.networks.mask2former import Mask2Former
 from sparserefine_ros.networks.pointrend import PointRend
+from sparserefine_ros.networks.registry import REFINERS, build
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
 from sparserefine_ros.segmenter.segmenter import Segmenter
 from sparserefine_ros.training.bundle import copy_dense
@@ -81,6 +82,23 @@ def test_rows_of_peers(
         rows[LR]["macs_g"] * 1e9 + per_point * 2 * round(0.05 * 64 * 96)
     )
     assert "recall" in rows[REFINED] and "recall" not in rows[fine]
+
+
+def test_a_trained_repetition_is_a_row_of_its_own(tiny_bundle: Path, samples: list[Sample], tmp_path: Path) -> None:
+    bundle = copy_dense(Bundle.load(tiny_bundle), tmp_path)
+    args = {"own": {"network": bundle.dense.network, "args": bundle.dense.args}}
+    torch.manual_seed(4)
+    trained = build(REFINERS, "repeat", len(bundle.classes), args)
+    bundle = replace(bundle, refiner=save_network(tmp_path, trained, "repeat", args, "refiner.safetensors"))
+    rows = peers.measure(bundle, samples, patches=(), device="cpu", threshold=0.5)["rows"]
+    assert list(rows) == [HR, LR, "LR + repeat", peers.BILATERAL, peers.REPEAT]
+    hr = Segmenter(bundle, "cpu", refine=False, scale=1.0)
+    untrained = save_network(tmp_path, build(REFINERS, "repeat", 11, {}), "repeat", {}, "untrained.safetensors")
+    for name, one in (("LR + repeat", bundle), (peers.REPEAT, replace(bundle, refiner=untrained))):
+        segmenter = Segmenter(one, "cpu", entropy_threshold=0.5)
+        same = [segmenter.segment([s.image])[0].mask == hr.segment([s.image])[0].mask for s in samples]
+        assert rows[name]["agreement"] == pytest.approx(np.mean(same))
+    assert rows["LR + repeat"]["agreement"] < rows[peers.REPEAT]["agreement"]  # it was given other weights
 
 
 def test_logits_must_be_the_same(tiny_bundle: Path, samples: list[Sample], pointrend: Bundle) -> None:
