@@ -21,7 +21,7 @@ from sparserefine_ros.errors import BundleError, ParameterError
 from sparserefine_ros.networks.compact import CompactSegmenter
 from sparserefine_ros.networks.hrnet import HRNet
 from sparserefine_ros.networks.macs import counting_refiner_macs, dense_macs
-from sparserefine_ros.networks.registry import REFINERS, build
+from sparserefine_ros.networks.registry import DENSE, REFINERS, build
 from sparserefine_ros.networks.repeater import RepeatRefiner, check_repeatable
 from sparserefine_ros.networks.repetition import OPERATIONS, Kept, NotRepeatableError, Repetition, record, repeat
 from sparserefine_ros.networks.repetition_axes import KNOWN, as_map, reshaped, sizes
@@ -52,13 +52,15 @@ def compact() -> nn.Module:
     return CompactSegmenter(K, (8, 12, 16, 16), (1, 2, 2))
 
 
+SEGFORMER = {
+    "hidden_sizes": [8, 12, 20, 32], "depths": [1, 2, 1, 1], "num_attention_heads": [1, 2, 5, 4],
+    "decoder_hidden_size": 16, "num_encoder_blocks": 4, "sr_ratios": [4, 2, 2, 1],
+}  # fmt: skip
+
+
 def segformer() -> nn.Module:
     pytest.importorskip("transformers")
-    config = {
-        "hidden_sizes": [8, 12, 20, 32], "depths": [1, 2, 1, 1], "num_attention_heads": [1, 2, 5, 4],
-        "decoder_hidden_size": 16, "num_encoder_blocks": 4, "sr_ratios": [4, 2, 2, 1],
-    }  # fmt: skip
-    return HubSegFormer(K, config)
+    return HubSegFormer(K, SEGFORMER)
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -471,6 +473,24 @@ def test_weights_of_its_own(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = replace(bundle, refiner=save_network(tmp_path, refiner, "repeat", {"own": other}, "other.safetensors"))
     with pytest.raises(BundleError, match="'repeat' cannot follow network 'compact' of bundle .*; take another"):
         Segmenter(bundle, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("network", "args"),
+    [("hrnet", {"width": 18}), ("segnext", {"size": "T", "offsets": False}), ("segformer-hub", {"config": SEGFORMER})],
+)
+def test_bundles_of_other_networks(network: str, args: dict[str, Any], repeating: Bundle) -> None:
+    """On frames of a size that no stride divides, all pixels refined: HR dense."""
+    if network == "segformer-hub":
+        pytest.importorskip("transformers")
+    module = build(DENSE, network, len(repeating.classes), args)
+    spec = save_network(repeating.path, made(module).float(), network, args, "dense.safetensors")
+    bundle = replace(repeating, dense=spec, native=None)
+    frames = [noise((90, 122), seed) for seed in range(2)]
+    hr = Segmenter(bundle, "cpu", refine=False, scale=1.0).segment(frames)
+    for index, result in enumerate(Segmenter(bundle, "cpu", entropy_threshold=0.0).segment(frames)):
+        assert result.density == 1.0 and (result.mask == hr[index].mask).mean() > 0.999
+        assert np.abs(result.confidence.astype(int) - hr[index].confidence).max() <= 1 < np.ptp(result.confidence)
 
 
 def test_other_runtimes_are_refused(repeating: Bundle) -> None:
