@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("sparserefine", "repeat"),
         default="sparserefine",
         help="sparserefine: a small network of its own (default); repeat: the model's own layers at the uncertain "
-        "pixels of full resolution, for convolutional models: closer to full resolution, and slower",
+        "pixels of full resolution: closer to that, slower, and not for every network",
     )
     parser.add_argument("--epochs", type=int, help="passes over the frames (default: 24, of repeat 3)")
     parser.add_argument(
