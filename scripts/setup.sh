@@ -29,9 +29,9 @@ fi
 
 # Asked for pip: without Debian's python3-venv there is a .venv after the first try, but none that works.
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv "${options[@]}" .venv
-pip=(.venv/bin/python -m pip --disable-pip-version-check)
+install=(.venv/bin/python scripts/install.py)
 if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
-    "${pip[@]}" install "${TORCH:-torch==2.13.0}"
+    "${install[@]}" "${TORCH:-torch==2.13.0}"
 fi
-"${pip[@]}" install --quiet --editable ".${extras:+[$extras]}"
+"${install[@]}" --editable ".${extras:+[$extras]}"
 echo "ready: .venv/bin/sparserefine, .venv/bin/segment"

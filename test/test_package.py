@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -221,7 +222,42 @@ def test_a_half_made_environment_is_made_again(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     log = (tmp_path / "log").read_text()
     assert f"{tmp_path}/bin/python3 -m venv .venv" in log
-    assert "install --quiet --editable .[ros]" in log.splitlines()[-1]
+    assert "scripts/install.py --editable .[ros]" in log.splitlines()[-1]
+
+
+def test_uv_is_told_what_pip_is_configured_with() -> None:
+    install = runpy.run_path(str(ROOT / "scripts" / "install.py"))
+    listed = """:env:.find-links='/wheels /more'
+:env:.quiet='1'
+global.cert='/ca.crt'
+global.extra-index-url='https://a/simple\\nhttps://b/simple'
+global.find-links='/elsewhere'
+global.index-url='https://one/simple'
+install.index-url='https://two/simple'"""
+    options, variables = install["uv_options"](install["pip_settings"](listed))
+    assert variables == {"SSL_CERT_FILE": "/ca.crt"}
+    pairs = [*zip(options[::2], options[1::2], strict=True)]
+    assert pairs[0] == ("--index-strategy", "unsafe-best-match")
+    assert sorted(pairs[1:]) == [
+        ("--default-index", "https://two/simple"),  # [install] counts before [global], the environment before both
+        ("--find-links", "/more"),
+        ("--find-links", "/wheels"),
+        ("--index", "https://a/simple"),
+        ("--index", "https://b/simple"),
+    ]
+    with pytest.raises(ValueError, match="pip is configured with no-binary"):
+        install["uv_options"](install["pip_settings"]("global.no-binary=':all:'"))
+
+
+def test_pip_installs_where_uv_fails(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(ROOT / "scripts" / "install.py"))["main"]
+    monkeypatch.setitem(main.__globals__, "uv_command", lambda _: (["false"], {}))
+    monkeypatch.setattr(sys, "executable", "echo")
+    assert main(["numpy"]) == 0
+    assert capfd.readouterr().out.splitlines() == [
+        "installing by pip: uv has failed",
+        "-m pip --disable-pip-version-check install numpy",
+    ]
 
 
 def test_no_module_is_skipped_while_it_is_collected() -> None:
