@@ -6,7 +6,9 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,20 @@ def write_tiny_bundle(path: Path, seed: int = 0) -> Path:
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a randomly initialised bundle with the 11 CamVid classes; do not write into it."""
     return write_tiny_bundle(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter without its search for integer overflow, a third of its time.
+
+    For tests of whole networks: each kernel is searched in test_backend_triton.py.
+    """
+    if "TRITON_INTERPRET" in os.environ and find_spec("triton"):
+        from triton.runtime.interpreter import interpreter_builder
+
+        if getattr(interpreter_builder.options, "sanitize_overflow", False):  # Triton 3.0 does not search
+            options = replace(interpreter_builder.options, sanitize_overflow=False)
+            monkeypatch.setattr(interpreter_builder, "options", options)
 
 
 DECODERS = {

@@ -16,6 +16,7 @@ from sparserefine_ros.node.parameters import BY_NAME
 from sparserefine_ros.sparse import Pyramid
 from sparserefine_ros.sparse.backends import BACKENDS, backend_class, pick_backend
 
+pytestmark = pytest.mark.usefixtures("quick_interpreter")
 CPU = torch.device("cpu")
 
 

@@ -26,6 +26,7 @@ from sparserefine_ros.sparse import STRIDE_MODES, Pyramid, SiteSet
 from sparserefine_ros.sparse.backends import Backend
 from sparserefine_ros.sparse.backends.triton_backend import TritonBackend
 
+pytestmark = pytest.mark.usefixtures("quick_interpreter")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MISSING = TritonBackend.missing(DEVICE)
 runs = pytest.mark.skipif(MISSING is not None, reason=f"triton backend: {MISSING}")
