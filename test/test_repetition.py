@@ -23,9 +23,10 @@ from sparserefine_ros.networks.hrnet import HRNet
 from sparserefine_ros.networks.macs import counting_refiner_macs, dense_macs
 from sparserefine_ros.networks.registry import DENSE, REFINERS, build
 from sparserefine_ros.networks.repeater import RepeatRefiner, check_repeatable
-from sparserefine_ros.networks.repetition import OPERATIONS, Kept, NotRepeatableError, Repetition, record, repeat
+from sparserefine_ros.networks.repetition import OPERATIONS, Repetition, repeat
 from sparserefine_ros.networks.repetition_axes import KNOWN, as_map, reshaped, sizes
 from sparserefine_ros.networks.repetition_cpu import BLOCKS_OF, CpuEngine
+from sparserefine_ros.networks.repetition_recording import Kept, NotRepeatableError, record
 from sparserefine_ros.networks.repetition_tables import Engine, Grid
 from sparserefine_ros.networks.segformer_hub import HubSegFormer
 from sparserefine_ros.networks.segnext import SegNeXt

@@ -27,7 +27,7 @@ from sparserefine_ros.errors import is_out_of_memory
 from sparserefine_ros.networks.graphed import Graphed
 from sparserefine_ros.networks.macs import counting_refiner_macs
 from sparserefine_ros.networks.repeater import RepeatRefiner, check_repeatable
-from sparserefine_ros.networks.repetition import record
+from sparserefine_ros.networks.repetition_recording import record
 from sparserefine_ros.networks.selectors import upsample_nearest
 from sparserefine_ros.segmenter.dense import PRECISIONS, fold_batch_norm, ready
 from sparserefine_ros.segmenter.engine_trial import Case, fastest

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sparserefine_ros.networks.ensemblers import DirectEnsembler
-from sparserefine_ros.networks.repetition import Kept, Repetition, record, repeat
+from sparserefine_ros.networks.repetition import Repetition, repeat
+from sparserefine_ros.networks.repetition_recording import Kept, record
 from sparserefine_ros.networks.repetition_tables import Engine, Grid
 
 SIDE = 64  # of the image that a network is tried on, pixels: no stride in use leaves nothing of it

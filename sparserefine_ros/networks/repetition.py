@@ -8,9 +8,8 @@ is the segmenter at native resolution, exactly; with few, it costs their share o
 (Ren et al., 2018, "SBNet") or what has not changed since the last frame (Parger et al., 2022, "DeltaCNN").
 
 Nothing of a network is written anew for it. Its ``forward`` is called with objects in the place of tensors, which
-torch hands every operation to (``__torch_function__``): `Recorded` computes it and keeps the result, `Repeated`
-computes it at its sites. Both see the same operations in the same order; the batch normalisation of a convolution
-counts as a part of it, as one of the two networks may have it folded.
+torch hands every operation to (``__torch_function__``): `Recorded` computes it and keeps the result
+(`repetition_recording`), `Repeated` computes it at its sites. Both see the same operations in the same order.
 
 Shape shorthand: B images, C channels, h, w the native size of a grid, N its active sites, M sites beyond them that an
 operation reads.
@@ -18,158 +17,26 @@ operation reads.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparserefine_ros.networks.repetition_axes import HEADS, MAP, as_map, reshaped, sizes
+from sparserefine_ros.networks.repetition_axes import HEADS, MAP, sizes
+from sparserefine_ros.networks.repetition_recording import (
+    Kept,
+    Map,
+    NotRepeatableError,
+    bare,
+    is_part,
+    name_of,
+    operands,
+)
 from sparserefine_ros.networks.repetition_tables import Corners, Engine, Form, Grid, Rows, Size
 
 POINTWISE = Form((1, 1), 1, (0, 0), 1)
-
-
-class NotRepeatableError(ValueError):
-    """A network does something that is not known at single sites; the text names it."""
-
-
-class _Map:
-    """What a network may ask of a map beside torch's functions.
-
-    axes, heads: the order of its axes, as `repetition_axes` writes it, and into how many heads channels are split.
-    size: height and width, in whatever order the axes are.
-    """
-
-    tensor: Tensor
-    size: Size
-    axes = MAP
-    heads = 1
-    convolved = 0  # where a convolution gave it: how many operations there were then
-
-    def __add__(self, other: Any) -> Any:
-        return torch.add(self, other)  # type: ignore[call-overload]
-
-    __radd__ = __add__
-
-    def __mul__(self, other: Any) -> Any:
-        return torch.mul(self, other)  # type: ignore[arg-type]
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, other: Any) -> Any:
-        return torch.div(self, other)  # type: ignore[arg-type]
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"'{name}' of a map is not known at single sites")
-
-    @property
-    def device(self) -> torch.device:
-        return self.tensor.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.tensor.shape
-
-    def dim(self) -> int:
-        return len(self.axes)
-
-    def contiguous(self) -> Any:
-        return self._rearranged(self.axes, self.heads, lambda x: x.contiguous())
-
-    def transpose(self, first: int, second: int) -> Any:
-        order = list(range(self.dim()))
-        order[first], order[second] = order[second], order[first]
-        return self.permute(order)
-
-    def movedim(self, source: int, destination: int) -> Any:
-        order = [axis for axis in range(self.dim()) if axis != source % self.dim()]
-        order.insert(destination % self.dim(), source % self.dim())
-        return self.permute(order)
-
-    def permute(self, *order: Any) -> Any:
-        places = _numbers(order)
-        return self._rearranged("".join(self.axes[axis] for axis in places), self.heads, lambda x: x.permute(places))
-
-    def flatten(self, start: int = 0, end: int = -1) -> Any:
-        shape, end = list(self.shape), end % self.dim()
-        return self.reshape(*shape[:start], -1, *shape[end + 1 :])
-
-    def reshape(self, *shape: Any) -> Any:
-        sides, lengths = _numbers(shape), dict(zip(self.axes, self.shape, strict=True))
-        channels = lengths["c"] if "c" in lengths else lengths["g"] * lengths["d"]
-        found = reshaped(self.axes, sides, lengths["b"], channels, self.size)
-        if found is None:
-            raise NotRepeatableError(f"a map of {tuple(self.shape)} as one of {tuple(sides)}")
-        return self._rearranged(*found, lambda x: x.reshape(sides))
-
-    view = reshape
-
-    def _rearranged(self, axes: str, heads: int, how: Callable[[Tensor], Tensor]) -> Any:
-        result = copy.copy(self)
-        result.axes, result.heads, result.tensor, result.convolved = axes, heads, how(self.tensor), 0
-        return result
-
-
-class Kept(NamedTuple):
-    """What an operation gave at low resolution. axes, heads, size: as of `_Map`."""
-
-    axes: str
-    heads: int
-    size: Size
-    tensor: Tensor | None  # None where nobody reads it
-
-    def map(self) -> Tensor:
-        """[B, C, h, w]"""
-        assert self.tensor is not None
-        return as_map(self.tensor, self.axes, self.size)
-
-
-class Recorded(_Map):
-    """A map of the pass at low resolution; the result of every operation on it is kept in ``kept``.
-
-    wanted: by their numbers, the operations whose results are read; None for all.
-    """
-
-    def __init__(
-        self, tensor: Tensor, kept: list[Kept], wanted: Set[int] | None = None, like: _Map | None = None
-    ) -> None:
-        self.tensor, self.kept, self.wanted = tensor, kept, wanted
-        if like is not None:
-            self.axes, self.heads = like.axes, like.heads
-        self.size = (tensor.shape[2], tensor.shape[3]) if like is None or like.axes == MAP else like.size
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Recorded:
-        first = next(x for x in _operands(args) if isinstance(x, Recorded))
-        result = func(*_bare(args), **(kwargs or {}))
-        if not isinstance(result, Tensor):
-            raise NotRepeatableError(f"{_name(func)} gives no single map")
-        kept, wanted = first.kept, first.wanted
-        if _is_part(func, first, len(kept)):
-            kept.pop()
-        answer = Recorded(result, kept, wanted, first)
-        is_read = wanted is None or len(kept) in wanted
-        kept.append(Kept(answer.axes, answer.heads, answer.size, result if is_read else None))
-        answer.convolved = len(kept) * (_name(func) == "conv2d")
-        return answer
-
-
-def record(network: Callable[[Any], Any], images: Tensor, wanted: Set[int] | None = None) -> tuple[Tensor, list[Kept]]:
-    """``network(images)``, and what every operation on the way gave, in order.
-
-    wanted: what `Repetition.read` says after a pass of the same networks, on whatever images; of the others, results
-        need not be remembered. They are most of the memory.
-    """
-    kept: list[Kept] = []
-    result = network(Recorded(images, kept, wanted))
-    return result.tensor, kept
 
 
 class Repetition:
@@ -211,7 +78,7 @@ class Repetition:
         return grid
 
 
-class Repeated(_Map):
+class Repeated(Map):
     """A map at native resolution: its values at the active sites of a grid, ``tensor`` [N, C] whatever its axes.
 
     number: of the operation that gave it; what the same gave at low resolution stands in for the other sites.
@@ -226,20 +93,20 @@ class Repeated(_Map):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        first, *others = (x for x in _operands(args) if isinstance(x, Repeated))
-        operation, run = OPERATIONS.get(_name(func)), first.run
+        first, *others = (x for x in operands(args) if isinstance(x, Repeated))
+        operation, run = OPERATIONS.get(name_of(func)), first.run
         if operation is None:
-            raise NotRepeatableError(f"{_name(func)} is not known at single sites")
+            raise NotRepeatableError(f"{name_of(func)} is not known at single sites")
         if any(type(other) is not type(first) for other in others):
-            raise NotRepeatableError(f"{_name(func)} of maps of different kinds")
-        run.operations += not _is_part(func, first, run.operations)
+            raise NotRepeatableError(f"{name_of(func)} of maps of different kinds")
+        run.operations += not is_part(func, first, run.operations)
         if run.operations > len(run.kept):
             raise NotRepeatableError("it has more operations than the dense segmenter")
         if isinstance(first, Whole) and operation is not _interpolation:
-            answer: Repeated = Whole(run, func(*_bare(args), **(kwargs or {})))
+            answer: Repeated = Whole(run, func(*bare(args), **(kwargs or {})))
         else:
             answer = operation(func, first, run.operations - 1, args, kwargs or {})
-        answer.convolved = run.operations * (_name(func) == "conv2d")
+        answer.convolved = run.operations * (name_of(func) == "conv2d")
         return answer
 
     @property
@@ -372,34 +239,34 @@ def _pooling(func: Any, x: Repeated, number: int, args: Any, kwargs: Any) -> Rep
 
 def _over_all_places(func: Any, x: Repeated, number: int, args: Any, kwargs: Any) -> Repeated:
     """Of one map, whose values depend on all of it."""
-    whole = func(x.whole(), *_bare(args[1:]), **kwargs)
+    whole = func(x.whole(), *bare(args[1:]), **kwargs)
     return Repeated(x.run, x.size, x.grid.sites.gather(whole), number)
 
 
 def _over_channels(func: Any, x: Repeated, number: int, args: Any, kwargs: Any) -> Repeated:
     """Of one map, place by place."""
     if x.axes[-1] != "c":
-        raise NotRepeatableError(f"{_name(func)} of a map, its axes {x.axes}")
+        raise NotRepeatableError(f"{name_of(func)} of a map, its axes {x.axes}")
     return Repeated(x.run, x.size, func(x.tensor, *args[1:], **kwargs), number)
 
 
 def _elementwise(func: Any, x: Repeated, number: int, args: Any, kwargs: Any) -> Repeated:
     """Of one map, or several of one grid; channels are axis 1 of rows as well."""
-    maps = [y for y in _operands(args) if isinstance(y, Repeated)]
+    maps = [y for y in operands(args) if isinstance(y, Repeated)]
     if any(y.size != x.size or y.axes != x.axes or isinstance(y, Pixels) for y in maps):
-        raise NotRepeatableError(f"{_name(func)} of maps of different kinds")
-    return Repeated(x.run, x.size, func(*_bare(args), **kwargs), number)
+        raise NotRepeatableError(f"{name_of(func)} of maps of different kinds")
+    return Repeated(x.run, x.size, func(*bare(args), **kwargs), number)
 
 
 def _by_axis_1(func: Any, x: Repeated, number: int, args: Any, kwargs: Any) -> Repeated:
-    if x.axes != MAP or _name(func) == "cat" and _arguments(args, kwargs, {"dim": 0}) != [1]:
-        raise NotRepeatableError(f"{_name(func)} of maps, their axes {x.axes}, but by channels")
+    if x.axes != MAP or name_of(func) == "cat" and _arguments(args, kwargs, {"dim": 0}) != [1]:
+        raise NotRepeatableError(f"{name_of(func)} of maps, their axes {x.axes}, but by channels")
     return _elementwise(func, x, number, args, kwargs)
 
 
 def _arithmetic(func: Any, x: Repeated, number: int, args: Any, kwargs: Any) -> Repeated:
     """Of maps, numbers, and parameters that have a value a channel."""
-    return _elementwise(func, x, number, [y if isinstance(y, _Map) else _by_channel(y, x) for y in args], kwargs)
+    return _elementwise(func, x, number, [y if isinstance(y, Map) else _by_channel(y, x) for y in args], kwargs)
 
 
 def _by_channel(value: Any, x: Repeated) -> Any:
@@ -449,29 +316,6 @@ def _as_rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-def _operands(args: Any) -> Iterator[Any]:
-    """Arguments, and the items of lists among them."""
-    for x in args:
-        yield from x if isinstance(x, list | tuple) else (x,)
-
-
-def _bare(args: Any) -> list[Any]:
-    return [[_tensor(y) for y in x] if isinstance(x, list | tuple) else _tensor(x) for x in args]
-
-
-def _tensor(x: Any) -> Any:
-    return x.tensor if isinstance(x, _Map) else x
-
-
-def _is_part(func: Any, x: _Map, operations: int) -> bool:
-    """Whether ``func`` normalises what a convolution, the last operation, gave."""
-    return _name(func) == "batch_norm" and 0 < x.convolved == operations
-
-
-def _name(func: Any) -> str:
-    return getattr(func, "__name__", type(func).__name__)
-
-
 def _arguments(args: Any, kwargs: Any, known: Mapping[str, Any]) -> list[Any]:
     """Values of the ``known`` parameters of a function of torch, which follow its first; there with their defaults."""
     return list({**known, **dict(zip(known, args[1:], strict=False)), **kwargs}.values())[: len(known)]
@@ -491,8 +335,3 @@ def _pair(value: Any) -> Size:
     if not isinstance(first, int) or not isinstance(second, int):
         raise NotRepeatableError(f"a convolution of padding {value!r}")
     return first, second
-
-
-def _numbers(given: Any) -> list[int]:
-    """What came one by one or as one sequence."""
-    return list(given[0] if len(given) == 1 and isinstance(given[0], list | tuple) else given)

@@ -21,8 +21,8 @@ from sparserefine_ros.networks.pointrend import PointRend
 from sparserefine_ros.networks.points import CoarseFine
 from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.repeater import RepeatRefiner
-from sparserefine_ros.networks.repetition import Kept
 from sparserefine_ros.networks.repetition_cpu import CpuEngine
+from sparserefine_ros.networks.repetition_recording import Kept
 from sparserefine_ros.networks.repetition_tables import Engine, Grid
 from sparserefine_ros.segmenter.dense import fold_batch_norm, ready
 from sparserefine_ros.segmenter.head import gather_initial

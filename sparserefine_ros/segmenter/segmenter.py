@@ -28,7 +28,7 @@ from sparserefine_ros.networks.points import CoarseFine
 from sparserefine_ros.networks.refiner import SparseRefiner
 from sparserefine_ros.networks.registry import REFINERS, Refiner
 from sparserefine_ros.networks.repeater import RepeatRefiner
-from sparserefine_ros.networks.repetition import Kept, record
+from sparserefine_ros.networks.repetition_recording import Kept, record
 from sparserefine_ros.networks.selectors import upsample_nearest
 from sparserefine_ros.segmenter.bundle import ONNX, Bundle, NetworkSpec
 from sparserefine_ros.segmenter.dense import (

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from sparserefine_ros.datasets.base import UNLABELLED
 from sparserefine_ros.networks.repeater import RepeatRefiner, check_repeatable
-from sparserefine_ros.networks.repetition import record
+from sparserefine_ros.networks.repetition_recording import record
 from sparserefine_ros.networks.repetition_tables import Grid
 from sparserefine_ros.networks.selectors import EntropySelector, Prediction, upsample_nearest
 from sparserefine_ros.segmenter.preprocess import normalise, normalise_pixels
