@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_priority import permitted
 
 from sparserefine_ros import cli
 from sparserefine_ros.benchmarks import budget_live, budget_simulation, node_cameras, node_overhead
@@ -38,6 +39,7 @@ def test_bench_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"overhead's p50 is as long as {copies:.1f} copies" in said
     assert f"| overhead | {result['overhead_ms']['p50']:.2f} |" in said and "96x64 rgb8 at 20 Hz" in said
     assert result["cores"] == cores_of(split=False)
+    assert result["receive_priority"] == (1 if permitted() else 0)
     assert result["memory"]["rss_mb_per_hour"] is None and "an hour" not in said and "Second half of the run: " in said
 
 
@@ -45,7 +47,7 @@ def test_bench_node_of_several_cameras(tmp_path: Path, capsys: pytest.CaptureFix
     pytest.importorskip("rclpy")
     file = tmp_path / "node.json"
     arguments = ["bench", "node", "--cameras", "3", "--size", "64x96", "--rate", "8", "--duration", "0.5"]
-    assert cli.main([*arguments, "--split-cores", "--json", str(file)]) == 0
+    assert cli.main([*arguments, "--split-cores", "--receive-priority", "0", "--json", str(file)]) == 0
     result = json.loads(file.read_text())
     rows = result["by_camera"]["cameras"]
     assert [row["camera"] for row in rows] == ["camera1", "camera2", "camera3"]
@@ -54,7 +56,7 @@ def test_bench_node_of_several_cameras(tmp_path: Path, capsys: pytest.CaptureFix
         assert row["received"] == row["processed"] + row["dropped"] <= row["sent"]
         assert 0 < row["masks"] <= row["processed"] and row["stamp_to_publish_ms"]["p50"] > 0
     assert result["by_camera"]["strays"] == 0 and result["camera"]["cameras"] == 3
-    assert result["cores"] == cores_of(split=True)
+    assert result["cores"] == cores_of(split=True) and result["receive_priority"] == 0
     assert "8 Hz from each of 3 cameras for 0.5 s" in capsys.readouterr().out
 
 

@@ -20,11 +20,13 @@ from diagnostic_msgs.msg import DiagnosticArray  # noqa: E402
 from lifecycle_msgs.msg import Transition  # noqa: E402
 from lifecycle_msgs.srv import ChangeState, GetState  # noqa: E402
 from rcl_interfaces.msg import ParameterType, ParameterValue  # noqa: E402
+from rclpy import get_rmw_implementation_identifier  # noqa: E402
 from rclpy.time import Time  # noqa: E402
 from ros_client import RELIABLE, Client, fill_image, isolated, text  # noqa: E402
 from sensor_msgs.msg import Image  # noqa: E402
 from std_msgs.msg import Header  # noqa: E402
 from std_srvs.srv import SetBool  # noqa: E402
+from test_priority import permitted, real_time  # noqa: E402
 
 from sparserefine_ros.node.process import NodeProcess  # noqa: E402
 from sparserefine_ros.node.refusal import offer  # noqa: E402
@@ -184,10 +186,17 @@ def test_enable_is_a_service(by_hand: Any) -> None:
 
 
 def test_deactivated_cleaned_up_and_configured_anew_for_six(by_hand: Any) -> None:
-    _, client = by_hand
+    process, client = by_hand
+    if permitted():  # receive_priority
+        raised = real_time(process.pid)
+        assert set(raised.values()) == {1} and raised.keys() >= {"main"} and "python" not in raised, raised
+        if "fastrtps" in get_rmw_implementation_identifier() and os.environ.get("ROS_DISTRO") != "humble":
+            assert any(name.startswith("dds.shm.") for name in raised), raised
+        assert statuses(client)["segmentation"]["receive_priority"] == "1"
     result = client.set("cameras", strings(*SIX))
     assert not result.successful and "read-only while the node is configured" in result.reason
     assert change(client, Transition.TRANSITION_DEACTIVATE) and state(client) == "inactive"
+    assert real_time(process.pid) == {}
     client.until(lambda: client.node.count_subscribers("/front/image") == 0, "the subscription to go")
     assert change(client, Transition.TRANSITION_CLEANUP) and state(client) == "unconfigured"
     client.until(lambda: not client.node.get_publishers_info_by_topic("/front/segmentation/mask"), "topics to go")

@@ -32,7 +32,7 @@ from sparserefine_ros.evaluation.bag_messages import image_message
 from sparserefine_ros.evaluation.replay_metrics import percentiles
 from sparserefine_ros.evaluation.report import hardware, versions
 from sparserefine_ros.networks.compact import CompactSegmenter
-from sparserefine_ros.node.parameters import Value
+from sparserefine_ros.node.parameters import BY_NAME, Value
 from sparserefine_ros.node.process import NodeProcess, free_domain_id
 from sparserefine_ros.node.transport import PROFILE_VARIABLES
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
@@ -95,11 +95,17 @@ def write_trivial_bundle(path: Path, size: tuple[int, int]) -> Path:
 
 
 def measure(
-    size: tuple[int, int], rate_hz: float, duration_s: float, cameras: int = 1, split: bool = False
+    size: tuple[int, int],
+    rate_hz: float,
+    duration_s: float,
+    cameras: int = 1,
+    split: bool = False,
+    receive_priority: int = BY_NAME["receive_priority"].default,
 ) -> dict[str, Any]:
     """Frames of ``size`` (H, W) rgb8 at ``rate_hz`` from each camera for ``duration_s``; the figures are of all.
 
     split: the first core is the cameras', all others the node's; else the scheduler places them.
+    receive_priority: the node's parameter; what the system permitted is among the figures.
 
     Raises NodeError where the node fails.
     """
@@ -118,7 +124,9 @@ def measure(
         bundle = write_trivial_bundle(Path(folder) / "trivial", size)
         names = node_cameras.names(cameras) if cameras > 1 else []
         cores = cores_of(split)
-        parameters: dict[str, Value] = {"model": str(bundle), "device": "cpu", "threads": 1, "cameras": names}
+        parameters: dict[str, Value] = {
+            "model": str(bundle), "device": "cpu", "threads": 1, "cameras": names, "receive_priority": receive_priority,
+        }  # fmt: skip
         with (
             running_on(cores["node"]),
             NodeProcess(parameters, {}, {**environment, "ROS_DOMAIN_ID": str(domain_id)}) as node,
@@ -126,6 +134,7 @@ def measure(
             Camera(domain_id, environment, names=names or [""]) as camera,
         ):
             camera.ready(node.check)
+            priority = os.sched_getparam(node.pid).sched_priority
             resources = Resources(node.pid)
 
             def tick(now_s: float) -> None:
@@ -158,6 +167,7 @@ def measure(
             "latest_ms": log.late_s * 1e3,
         },
         "cores": cores,
+        "receive_priority": priority,
         "transport_profile": _profile({**os.environ, **environment}),
         "memory": resources.report(),
         "hardware": hardware(),
@@ -219,7 +229,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines.append(
         f"\n{frames['masks']} masks of {frames['sent']} frames, {width}x{height} {camera['encoding']} at "
         f"{camera['hz']:g} Hz {each}for {camera['duration_s']:g} s: {result['rate_hz']:.2f} masks a second; "
-        f"{result['hardware']['cpu']}, {_cores(result['cores'])}, {result['versions']['rmw']}."
+        f"{result['hardware']['cpu']}, {_cores(result['cores'])}, receive_priority {result['receive_priority']}, "
+        f"{result['versions']['rmw']}."
     )
     if result["overhead_ms"]["p50"] is not None:
         lines.append(

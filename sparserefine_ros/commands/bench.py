@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparserefine_ros.commands.arguments import add_size, check_output, parse_path, parse_threshold
+from sparserefine_ros.node.parameters import BY_NAME
 
 HELP = (
     "measure: `bench bundle` HR dense, LR dense and LR + its refiner, `bench peers` other refiners beside it, "
@@ -129,6 +130,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the cameras have the first core to themselves, the node the others (default: they share all)",
     )
+    priority = BY_NAME["receive_priority"].default
+    node.add_argument(
+        "--receive-priority", type=int, default=priority, metavar="N",
+        help=f"the node's parameter, 0 = normal (default: {priority})",
+    )  # fmt: skip
     node.add_argument("--json", type=parse_path, help="also save the figures here")
     node.set_defaults(measure=run_node)
     budget = kinds.add_parser("budget", help="the latency budget: live on a bag whose clutter changes, or simulated")
@@ -337,7 +343,8 @@ def run_node(args: argparse.Namespace) -> int:
         raise ParameterError(f"--rate {args.rate:g} --duration {args.duration:g}: give numbers above 0")
     if args.cameras < 1:
         raise ParameterError(f"--cameras {args.cameras}: give 1 or more")
-    result = measure(args.size, args.rate, args.duration, args.cameras, args.split_cores)
+    priority = BY_NAME["receive_priority"].check(args.receive_priority)
+    result = measure(args.size, args.rate, args.duration, args.cameras, args.split_cores, priority)
     return _finish(result, markdown(result), args)
 
 

@@ -260,6 +260,14 @@ PARAMETERS: tuple[Parameter, ...] = (
         maximum=1000,
     ),
     Parameter(
+        "receive_priority",
+        1,
+        "Real-time priority (SCHED_FIFO) of the threads that receive frames, which then do not wait for a busy core; "
+        "where it is not permitted (root, CAP_SYS_NICE, or rtprio in limits.conf) they stay normal. 0 = as they are.",
+        minimum=0,
+        maximum=99,
+    ),
+    Parameter(
         "queue",
         "newest",
         "newest = one slot, a new frame replaces a waiting one, so masks are never stale; all = every frame in "
