@@ -5,9 +5,9 @@ is the time from a frame's stamp to the return of its last publish, less the seg
 the transport, the wait, decoding, messages, publishing. Run for long it is the soak: memory and handles over time.
 
 Camera and node share the cores unless they are split. A Linux guest of KVM takes a core that has halted for one that
-the host has pre-empted: it wakes the receiving thread on the core where the camera is still sending, and leaves it
-waiting there for 1 to 2 ms. It does not wait where the cores are split, or kept from halting (`chrt --idle 0` of an
-endless loop on each).
+the host has pre-empted: it wakes the receiving threads on the core where the camera is still sending, where each waits
+for 1 to 2 ms. It does not wait with real-time priority (`node.priority`), nor where the cores are split, or kept from
+halting (`chrt --idle 0` of an endless loop on each).
 """
 
 from __future__ import annotations
