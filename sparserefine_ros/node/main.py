@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sparserefine_ros.errors import SparseRefineError
 from sparserefine_ros.node.memory import keep_large_buffers
@@ -25,6 +25,10 @@ GRACE_S = 3.0
 LAST_RESORT_S = 8.0
 """How long anything at all may: a frame that takes minutes, a driver that hangs. 10 s after the first signal `ros2
 launch` and `docker stop` send SIGKILL."""
+
+
+ANSWER_S = 0.5
+"""How long rclpy may take to answer a signal; it does not where the signal came before its handlers."""
 
 
 HOPELESS_S = 30.0
@@ -63,6 +67,14 @@ class _Stop:
         """From here on no signal counts: an ending interpreter takes Python's handlers away."""
         for number in self.SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+
+
+def _let_rclpy_answer(ok: Callable[[], bool]) -> None:
+    """A thread of rclpy answers signals: it shuts contexts down and wakes executors, by a list that their end frees."""
+    deadline = time.monotonic() + ANSWER_S
+    while ok() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(0.02)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -128,6 +140,10 @@ def main(args: Sequence[str] | None = None) -> int:
             return 2
         raise
     finally:
+        if node is not None:
+            node.priority.give_back()
+        if stop.requested:
+            _let_rclpy_answer(rclpy.ok)
         if executor is not None:
             executor.shutdown()
         if node is not None:

@@ -80,7 +80,7 @@ class SegmentNode(LifecycleNode):
         self._state = "unconfigured"
         self.loader: threading.Thread | None = None
         self._rig: Rig | None = None
-        self._priority = ReceivePriority(0)
+        self.priority = ReceivePriority(0)
         self._qos = QosWatch(self)
         self._rmw = get_rmw_implementation_identifier()
         self._lossy = loses_images(self._rmw)
@@ -192,14 +192,14 @@ class SegmentNode(LifecycleNode):
         budget = self._budget(segmenter)
         self._worker = Worker(segmenter, scheduler, self.get_logger(), self.context.ok, opacity, scale, budget)
         rig.open(scheduler, self._receive)
-        self._priority = ReceivePriority(int(values["receive_priority"]))
-        if refusal := self._priority.take():
-            self.get_logger().info(f"{refusal} (receive_priority is {self._priority.priority})")
+        self.priority = ReceivePriority(int(values["receive_priority"]))
+        if refusal := self.priority.take():
+            self.get_logger().info(f"{refusal} (receive_priority is {self.priority.priority})")
         self._state = "active"
         self.get_logger().info(f"ready: images from {', '.join(rig.topics)}")
 
     def _stop(self) -> None:
-        self._priority.give_back()
+        self.priority.give_back()
         if self._rig is not None:
             self._rig.close()
         if self._worker is not None:
@@ -367,7 +367,7 @@ class SegmentNode(LifecycleNode):
             # An engine for frames of another size than the bundle's is built when the first one comes.
             trouble = segmenter.under_way if segmenter is not None else ""
             trouble = disabled or trouble
-        values: dict[str, object] = {"enabled": self._enabled, "receive_priority": self._priority.taken}
+        values: dict[str, object] = {"enabled": self._enabled, "receive_priority": self.priority.taken}
         if segmenter is not None:
             values |= {"model": self._description(segmenter)}
             values["entropy_threshold"] = f"{segmenter.entropy_threshold:.6g}"
