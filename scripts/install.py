@@ -69,7 +69,8 @@ def uv_options(settings: dict[str, str]) -> tuple[list[str], dict[str, str]]:
 
 def uv_command(pip: list[str]) -> tuple[list[str], dict[str, str]]:
     """`uv pip install` into this environment, and its variables. Raises ValueError where pip has to do it."""
-    if "include-system-site-packages = true" in Path(sys.prefix, "pyvenv.cfg").read_text():
+    venv = Path(sys.prefix, "pyvenv.cfg")
+    if not venv.is_file() or "include-system-site-packages = true" in venv.read_text():
         raise ValueError("uv would not see the system's packages")
     listed = subprocess.run([*pip, "config", "list"], capture_output=True, text=True, check=True).stdout
     options, variables = uv_options(pip_settings(listed))
