@@ -262,8 +262,8 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter(
         "receive_priority",
         1,
-        "Real-time priority (SCHED_FIFO) of the threads that receive frames, which then do not wait for a busy core; "
-        "where it is not permitted (root, CAP_SYS_NICE, or rtprio in limits.conf) they stay normal. 0 = as they are.",
+        "Real-time priority (SCHED_FIFO) of the threads that receive frames, which then do not wait for a busy core. "
+        "It takes root, CAP_SYS_NICE or rtprio in limits.conf; without, they stay normal. 0 = as they are.",
         minimum=0,
         maximum=99,
     ),
