@@ -183,7 +183,7 @@ def test_some_pixels_selected(name: str, scale: float, share: float) -> None:
         assert (answer - network.double()(native).permute(0, 2, 3, 1)[selected]).abs().max() > 1e-3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.tuples(st.integers(15, 40), st.integers(15, 40)), st.integers(1, 2),
     st.sampled_from([(1, 1), (3, 3), (2, 2), (5, 3), (1, 7), (7, 1)]), st.integers(1, 3), st.integers(0, 3),
@@ -283,7 +283,7 @@ def test_every_engine(name: str, network: str, share: float) -> None:
 
 
 @pytest.mark.skipif("cpu" not in ENGINES, reason="no C compiler")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.integers(0, 90), st.integers(0, 50), st.integers(1, 21), st.integers(1, 70), st.booleans(), st.integers(0, 99)
 )
@@ -301,7 +301,7 @@ def test_convolutions_by_channel_in_c(n: int, count: int, taps: int, channels: i
 
 
 @pytest.mark.skipif("cpu" not in ENGINES, reason="no C compiler")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.integers(1, 23), st.integers(1, 23), st.integers(1, 2), st.floats(0, 1), st.integers(1, 3), st.integers(0, 99)
 )  # fmt: skip
@@ -323,7 +323,7 @@ def test_convolutions_by_blocks(height: int, width: int, batch: int, share: floa
 
 
 @pytest.mark.skipif("cpu" not in ENGINES, reason="no C compiler")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.integers(1, 20), st.integers(1, 20), st.integers(1, 30), st.integers(1, 30), st.floats(0, 1), st.integers(1, 40),
     st.integers(0, 99),
