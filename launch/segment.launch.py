@@ -20,7 +20,7 @@ from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterFile, ParameterValue
 
-from sparserefine_ros.node.memory import huge_pages_env
+from sparserefine_ros.memory import huge_pages_env
 from sparserefine_ros.node.parameters import PARAMETERS
 from sparserefine_ros.node.sources import RESULTS, shown
 from sparserefine_ros.node.transport import config_file, profile_env

@@ -34,7 +34,7 @@ from sparserefine_ros.errors import BundleError, FrameError, is_out_of_memory  #
 from sparserefine_ros.node.segment_node import SegmentNode  # noqa: E402
 from sparserefine_ros.segmenter import export, head, onnx_dense  # noqa: E402
 from sparserefine_ros.segmenter.bundle import Bundle  # noqa: E402
-from sparserefine_ros.segmenter.head import Head, NativeHead  # noqa: E402
+from sparserefine_ros.segmenter.head import Head, NativeGated  # noqa: E402
 from sparserefine_ros.segmenter.segmenter import Segmenter  # noqa: E402
 
 context = test_cameras.context
@@ -166,7 +166,7 @@ def test_what_counts_as_out_of_memory(error: Exception, expected: bool) -> None:
 # Values that are not finite
 
 
-@pytest.mark.parametrize("kind", [Head, NativeHead])
+@pytest.mark.parametrize("kind", [Head, NativeGated])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("stage", ["dense", "refiner"])
 def test_logits_that_are_not_finite_fail_the_frame(

@@ -5,16 +5,27 @@ from __future__ import annotations
 import pytest
 import torch
 from compiler import needs_compiler
-from torch import Tensor
+from torch import Tensor, nn
 
+from sparserefine_ros.errors import BundleError
 from sparserefine_ros.networks.entropy import entropy
 from sparserefine_ros.networks.refiner import SparseRefiner
+from sparserefine_ros.networks.repeater import RepeatRefiner
 from sparserefine_ros.networks.selectors import upsample_nearest
-from sparserefine_ros.segmenter.head import Head, NativeHead, build_head, gather_initial, low_rows
+from sparserefine_ros.segmenter.head import (
+    Head,
+    NativeDirect,
+    NativeGated,
+    NativeHead,
+    build_head,
+    gather_initial,
+    low_rows,
+)
 from sparserefine_ros.sparse import SiteSet
 
 CPU = torch.device("cpu")
-KINDS = [Head, pytest.param(NativeHead, marks=needs_compiler)]
+KINDS = [Head, pytest.param(NativeGated, marks=needs_compiler)]
+DIRECT = [Head, pytest.param(NativeDirect, marks=needs_compiler)]
 TIE = 1e-5  # probabilities closer than this may swap places by rounding
 
 
@@ -79,6 +90,34 @@ def test_merge(kind: type[Head], layout: str, classes: int, channels: int, selec
     assert (mask[~chosen] == 77).all() and (confidence[~chosen] == 77).all()
 
 
+@pytest.mark.parametrize("kind", DIRECT)
+@pytest.mark.parametrize("classifier", ["linear", "identity"])
+@pytest.mark.parametrize(("classes", "channels"), [(2, 4), (11, 16), (19, 33), (255, 8)])
+@pytest.mark.parametrize("selected", [0, 1, 17, 600])
+def test_the_refiners_prediction_in_the_place_of_the_initial_one(
+    kind: type[Head], classifier: str, classes: int, channels: int, selected: int
+) -> None:
+    torch.manual_seed(0)
+    refiner = SparseRefiner(classes, (channels,), ensembler="direct").eval()
+    if classifier == "identity":  # as a refiner that gives logits has it
+        channels, refiner.classifier = classes, nn.Identity()  # type: ignore[assignment]
+    size = (2, 26, 40)
+    chosen = torch.zeros(size, dtype=torch.bool)
+    chosen.view(-1)[torch.randperm(chosen.numel())[:selected]] = True
+    features = 5 * torch.randn(channels, selected).t()  # channel by channel in memory
+    mask, confidence = (torch.full(size, 77, dtype=torch.uint8) for _ in range(2))
+    logits, sites = logits_of(classes, "contiguous"), SiteSet.from_mask(chosen)
+    with torch.no_grad():
+        assert kind(refiner).merge(features, logits, sites, mask, confidence)
+        expected = refiner.double().classifier(features.double()).softmax(1)
+    if selected:
+        agrees(mask[chosen], confidence[chosen], expected)
+        features[selected // 2, -1] = float("nan")
+        with torch.no_grad():
+            assert not kind(refiner.float()).merge(features, logits, sites, mask.clone(), confidence.clone())
+    assert (mask[~chosen] == 77).all() and (confidence[~chosen] == 77).all()
+
+
 @needs_compiler
 def test_features_may_lie_in_any_order() -> None:
     refiner, logits, sites = build(5, 6), logits_of(5, "channels_last"), selected_blocks((13, 20), (26, 40))
@@ -86,7 +125,7 @@ def test_features_may_lie_in_any_order() -> None:
     results = [torch.zeros(2, *sites.shape, dtype=torch.uint8) for _ in range(2)]
     with torch.no_grad():
         for result, given in zip(results, (features, features.contiguous()), strict=True):
-            NativeHead(refiner).merge(given, logits, sites, *result)
+            NativeGated(refiner).merge(given, logits, sites, *result)
     assert torch.equal(*results)
 
 
@@ -103,7 +142,7 @@ def selected_blocks(low: tuple[int, int], native: tuple[int, int], batch: int = 
 def test_what_a_block_shares_is_computed_once(native: tuple[int, int], members: int | None) -> None:
     """Whole blocks, nearly whole ones, irregular ones and single pixels; each the same bits as pixel by pixel."""
     refiner, logits, sites = build(11), logits_of(11, "channels_last"), selected_blocks((13, 20), native)
-    head = NativeHead(refiner)
+    head = NativeGated(refiner)
     low, pixels = head._blocks(logits, sites)
     if members is None:
         assert pixels is None and len(low) == len(sites)
@@ -156,10 +195,24 @@ def test_threads_do_not_change_the_result() -> None:
 
 
 @needs_compiler
-def test_the_kernel_is_taken_where_it_fits() -> None:
-    assert isinstance(build_head(build(11), CPU), NativeHead)
-    for unfit in (SparseRefiner(3, (4,), ensembler="entropy"), SparseRefiner(3, (300,))):
-        assert type(build_head(unfit, CPU)) is Head
+def test_kernels_are_taken_where_they_fit() -> None:
+    assert type(build_head(None, CPU)) is NativeHead
+    assert type(build_head(build(11), CPU)) is NativeGated
+    for replacing in (SparseRefiner(3, (4,), ensembler="direct"), RepeatRefiner()):
+        assert type(build_head(replacing, CPU)) is NativeDirect
+    for unknown in (SparseRefiner(3, (4,), ensembler="entropy"), SparseRefiner(3, (300,))):
+        assert type(build_head(unknown, CPU)) is NativeHead, "what it cannot merge it still reads the logits of"
+    assert type(build_head(build(11), torch.device("meta"))) is Head
+
+
+@needs_compiler
+def test_a_refiner_that_gives_logits_gives_one_for_each_class() -> None:
+    sites = SiteSet.from_mask(torch.ones(2, 13, 20, dtype=torch.bool))
+    mask = torch.zeros(2, 13, 20, dtype=torch.uint8)
+    with pytest.raises(BundleError, match="the refiner gives 4 logits for 5 classes"):
+        NativeDirect(RepeatRefiner()).merge(
+            torch.zeros(len(sites), 4), logits_of(5, "contiguous"), sites, mask, mask.clone()
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)

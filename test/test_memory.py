@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from sparserefine_ros.node.memory import huge_pages_env
+from sparserefine_ros.memory import huge_pages_env
 
 PROGRAM = """
 import resource, sys
 import numpy as np
-from sparserefine_ros.node.memory import keep_large_buffers
+from sparserefine_ros.memory import keep_large_buffers
 if sys.argv[1] == "kept":
     keep_large_buffers()
 def frames(count):

@@ -13,7 +13,7 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
 from sensor_msgs.msg import Image
 
 from sparserefine_ros.evaluation.bag_messages import stamp_ns
-from sparserefine_ros.node.memory import keep_large_buffers
+from sparserefine_ros.memory import keep_large_buffers
 from sparserefine_ros.node.peer import Peer
 from sparserefine_ros.node.process import NodeError
 from sparserefine_ros.node.refusal import offer

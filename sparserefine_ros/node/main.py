@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from sparserefine_ros.errors import SparseRefineError
-from sparserefine_ros.node.memory import keep_large_buffers
+from sparserefine_ros.memory import keep_large_buffers
 
 QUIET_S = 5.0  # between two lines about the same failure
 GRACE_S = 3.0

@@ -15,7 +15,7 @@ from types import TracebackType
 
 import sparserefine_ros
 from sparserefine_ros.errors import SparseRefineError
-from sparserefine_ros.node.memory import huge_pages_env
+from sparserefine_ros.memory import huge_pages_env
 from sparserefine_ros.node.parameters import Value
 
 STOP_TIMEOUT_S = 15.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparserefine_ros.errors import BundleError
 from sparserefine_ros.native import PARALLEL, NativeError, address, load, parallel
-from sparserefine_ros.networks.ensemblers import GatedEnsembler
+from sparserefine_ros.networks.ensemblers import DirectEnsembler, GatedEnsembler
 from sparserefine_ros.networks.entropy import entropy
 from sparserefine_ros.networks.registry import Refiner
 from sparserefine_ros.networks.selectors import nearest_index
@@ -87,23 +88,13 @@ class Head:
 
 
 class NativeHead(Head):
-    """The same in C, for float32 on a CPU and the gated ensembler: one pass over pixels that stay in registers."""
+    """The same in C, for float32 on a CPU: one pass over pixels that stay in registers. What is blended in by neither
+    of the ways below is torch's."""
 
     def __init__(self, refiner: Refiner | None) -> None:
         super().__init__(refiner)
+        load(PARALLEL)
         self._library = load(KERNEL)
-        self._library.sr_group.restype = c_int64
-        self._weights = {} if refiner is None else _merge_weights(refiner)
-
-    @staticmethod
-    def fits(refiner: Refiner | None) -> bool:
-        """Whether the kernel can do this refiner's end. Raises NativeError where it cannot be compiled."""
-        load(KERNEL), load(PARALLEL)
-        if refiner is None:
-            return True
-        ensembler, classifier = refiner.ensembler, refiner.classifier
-        gated = isinstance(ensembler, GatedEnsembler) and ensembler.hidden == HIDDEN
-        return gated and isinstance(classifier, nn.Linear) and classifier.in_features <= MAX_CHANNELS
 
     def initial(self, logits: Tensor) -> Initial:
         logits = logits.float()
@@ -118,10 +109,17 @@ class NativeHead(Head):
         parallel(self._library, "sr_initial", job, len(rows), CHUNK)
         return replace(result, finite=not job.broken)
 
+
+class NativeGated(NativeHead):
+    """With the gated ensembler."""
+
+    def __init__(self, refiner: Refiner) -> None:
+        super().__init__(refiner)
+        self._library.sr_group.restype = c_int64
+        self._weights = _merge_weights(refiner)
+
     def merge(self, features: Tensor, logits: Tensor, sites: SiteSet, mask: Tensor, confidence: Tensor) -> bool:
-        rows, features, flat = _rows(logits.float()), features.float(), sites.flat
-        if features.stride(1) != 1:  # the kernel takes channels side by side
-            features = features.contiguous()
+        rows, features, flat = _rows(logits.float()), _side_by_side(features), sites.flat
         low, pixels = self._blocks(logits, sites)
         members = 1 if pixels is None else pixels.shape[1]
         job = _MergeJob(
@@ -151,13 +149,50 @@ class NativeHead(Head):
         return (low, None) if blocks < 0 else (block_low[:blocks], pixels[:blocks])
 
 
+class NativeDirect(NativeHead):
+    """With the refiner's prediction in the place of the initial one."""
+
+    def __init__(self, refiner: Refiner) -> None:
+        super().__init__(refiner)
+        classifier = refiner.classifier
+        self._weights = [] if isinstance(classifier, nn.Identity) else _weight_and_bias(classifier)
+
+    def merge(self, features: Tensor, logits: Tensor, sites: SiteSet, mask: Tensor, confidence: Tensor) -> bool:
+        features, flat, classes = _side_by_side(features), sites.flat, logits.shape[1]
+        if not self._weights and features.shape[1] != classes:  # the kernel takes it at its word
+            raise BundleError(f"the refiner gives {features.shape[1]} logits for {classes} classes")
+        weight, bias = self._weights or (None, None)
+        job = _DirectJob(
+            features=features.data_ptr(), feature_stride=features.stride(0), channels=features.shape[1],
+            classes=classes, flat=flat.data_ptr(), mask=mask.data_ptr(), confidence=confidence.data_ptr(),
+            classifier=address(weight), classifier_bias=address(bias),
+        )  # fmt: skip
+        parallel(self._library, "sr_direct", job, len(flat), CHUNK)
+        return not job.broken
+
+
 def build_head(refiner: Refiner | None, device: torch.device) -> Head:
     """The fastest that runs on ``device``."""
+    if device.type != "cpu":
+        return Head(refiner)
     try:
-        return NativeHead(refiner) if device.type == "cpu" and NativeHead.fits(refiner) else Head(refiner)
+        return _native_kind(refiner)(refiner)
     except NativeError as error:
         logger.warning("%s; torch does this kernel's work, more slowly", error)
         return Head(refiner)
+
+
+def _native_kind(refiner: Refiner | None) -> Callable[[Any], NativeHead]:
+    """What the kernels know of this refiner's end."""
+    if refiner is None:
+        return NativeHead
+    ensembler, classifier = refiner.ensembler, refiner.classifier
+    linear = isinstance(classifier, nn.Linear) and classifier.in_features <= MAX_CHANNELS
+    if linear and isinstance(ensembler, GatedEnsembler) and ensembler.hidden == HIDDEN:
+        return NativeGated
+    if isinstance(ensembler, DirectEnsembler) and (linear or isinstance(classifier, nn.Identity)):
+        return NativeDirect
+    return NativeHead
 
 
 def low_rows(logits: Tensor, sites: SiteSet, part: slice = slice(None)) -> Tensor:
@@ -176,6 +211,12 @@ def gather_initial(logits: Tensor, sites: SiteSet, part: slice = slice(None)) ->
 def _rows(logits: Tensor) -> Tensor:
     """[B, K, h, w] as [B h w, K]; a view of what is channels-last."""
     return logits.permute(0, 2, 3, 1).reshape(-1, logits.shape[1])
+
+
+def _side_by_side(features: Tensor) -> Tensor:
+    """In float32, the channels of a pixel side by side in memory, as the kernels take them."""
+    features = features.float()
+    return features if features.stride(1) == 1 else features.contiguous()
 
 
 def _empty(logits: Tensor, with_probabilities: bool) -> Initial:
@@ -222,14 +263,31 @@ class _MergeJob(ctypes.Structure):
     ]  # fmt: skip
 
 
+class _DirectJob(ctypes.Structure):
+    """As ``struct direct`` in head_kernel.c."""
+
+    _fields_ = [
+        ("features", c_void_p), ("feature_stride", c_int64), ("channels", c_int64), ("classes", c_int64),
+        ("flat", c_void_p), ("mask", c_void_p), ("confidence", c_void_p), ("broken", c_int64),
+        ("classifier", c_void_p), ("classifier_bias", c_void_p),
+    ]  # fmt: skip
+
+
 @torch.no_grad()
 def _merge_weights(refiner: Refiner) -> dict[str, Tensor]:
     ensembler: Any = refiner.ensembler
-    classifier: Any = refiner.classifier
     gate1, _, gate2 = ensembler.gate
     fuse1, _, fuse2 = ensembler.fuse
-    pairs = [(layer.weight.T, layer.bias) for layer in (classifier, gate1)]
-    pairs.append((gate2.weight[:1].T - gate2.weight[1:].T, gate2.bias[:1] - gate2.bias[1:]))
-    pairs += [(layer.weight.T, layer.bias) for layer in (fuse1, fuse2)]
-    tensors = [tensor.detach().float().contiguous() for pair in pairs for tensor in pair]
+    difference = [
+        (gate2.weight[:1] - gate2.weight[1:]).T.float().contiguous(),
+        (gate2.bias[:1] - gate2.bias[1:]).float(),
+    ]
+    tensors = [*_weight_and_bias(refiner.classifier), *_weight_and_bias(gate1), *difference]
+    tensors += [*_weight_and_bias(fuse1), *_weight_and_bias(fuse2)]
     return dict(zip(WEIGHTS, tensors, strict=True))
+
+
+@torch.no_grad()
+def _weight_and_bias(layer: Any) -> list[Tensor]:
+    """[inputs, outputs] and [outputs], row by row in float32."""
+    return [layer.weight.T.float().contiguous(), layer.bias.float().contiguous()]

@@ -256,3 +256,33 @@ void sr_merge(struct merge *job, int64_t begin, int64_t end) {
         }
     }
 }
+
+struct direct {
+    const float *features;  // element pixel * feature_stride + channel
+    int64_t feature_stride, channels, classes;
+    const int64_t *flat;  // each selected pixel's place in mask and confidence
+    uint8_t *mask, *confidence;
+    int64_t broken;
+    const float *classifier, *classifier_bias;  // [C, K], [K]; NULL where the features are logits
+};
+
+// Class and probability of what the refiner says, in the place of the initial prediction.
+void sr_direct(struct direct *job, int64_t begin, int64_t end) {
+    const int classes = (int)job->classes, channels = (int)job->channels;
+    vec x[MAX_CHANNELS], logits[MAX_CLASSES], p[MAX_CLASSES], entropy, best;
+    ivec which;
+    for (int64_t at = begin; at < end; at += LANES) {
+        const int count = end - at < LANES ? (int)(end - at) : LANES;
+        for (int i = 0; i < LANES; i++) {
+            const float *from = job->features + (at + (i < count ? i : 0)) * job->feature_stride;
+            for (int c = 0; c < channels; c++) x[c][i] = from[c];
+        }
+        if (job->classifier) linear(x, channels, job->classifier, job->classifier_bias, logits, classes);
+        vec top = softmax(job->classifier ? logits : x, classes, p, &entropy, &best, &which);
+        for (int i = 0; i < count; i++) {
+            job->mask[job->flat[at + i]] = (uint8_t)which[i];
+            job->confidence[job->flat[at + i]] = byte_of(top[i]);
+            if (!(entropy[i] - entropy[i] == 0)) job->broken = 1;
+        }
+    }
+}

@@ -6,9 +6,9 @@ import ctypes
 import os
 from collections.abc import Mapping
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # mallopt(3)
 LARGEST = 32 << 20  # bytes; more is not accepted as a threshold for mmap
-KEPT = 256 << 20
+KEPT, ALL = 256 << 20, (1 << 31) - 1
 TUNABLES, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
 
 
@@ -18,10 +18,22 @@ def keep_large_buffers() -> None:
     A camera sends buffers of the same few megabytes over and over; handed back, each costs thousands of page faults a
     frame, up to 4 ms for 6 MB. Does nothing where the C library has no mallopt.
     """
+    _mallopt({M_MMAP_THRESHOLD: LARGEST, M_TRIM_THRESHOLD: KEPT})
+
+
+def keep_every_buffer() -> None:
+    """The same without a bound, for a process that does one thing and ends.
+
+    The maps of a whole network at 2048x1024 are 32 MB and more each, and a frame has hundreds of them.
+    """
+    _mallopt({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: ALL})
+
+
+def _mallopt(options: Mapping[int, int]) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, LARGEST)
-        mallopt(M_TRIM_THRESHOLD, KEPT)
+        for option, value in options.items():
+            mallopt(option, value)
 
 
 def huge_pages_env(environment: Mapping[str, str] | None = None) -> dict[str, str]:
