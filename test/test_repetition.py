@@ -27,7 +27,7 @@ from sparserefine_ros.networks.repetition import OPERATIONS, Repetition, repeat
 from sparserefine_ros.networks.repetition_axes import KNOWN, as_map, reshaped, sizes
 from sparserefine_ros.networks.repetition_cpu import BLOCKS_OF, CpuEngine
 from sparserefine_ros.networks.repetition_recording import Kept, NotRepeatableError, record
-from sparserefine_ros.networks.repetition_tables import Engine, Grid
+from sparserefine_ros.networks.repetition_tables import Engine, Grid, lies_under
 from sparserefine_ros.networks.segformer_hub import HubSegFormer
 from sparserefine_ros.networks.segnext import SegNeXt
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
@@ -181,6 +181,15 @@ def test_some_pixels_selected(name: str, scale: float, share: float) -> None:
     assert check_repeatable(network.float(), network, CPU) == run.read  # whatever is selected, and however large
     if 0 < share < 0.3:  # what low resolution stands in for does matter
         assert (answer - network.double()(native).permute(0, 2, 3, 1)[selected]).abs().max() > 1e-3
+
+
+@given(st.tuples(st.integers(1, 24), st.integers(1, 24)), st.integers(1, 12), st.integers(1, 12), st.floats(0, 1))
+def test_what_lies_under_a_coarser_grid(size: tuple[int, int], down: int, right: int, share: float) -> None:
+    """Where halving leads there, in part or not at all: what adaptive pooling says."""
+    places = (-(-size[0] // down), -(-size[1] // right))
+    for height, width in (size, (places[0] * down, places[1] * right)):
+        active = torch.rand(2, height, width, generator=torch.Generator().manual_seed(0)) < share
+        assert torch.equal(lies_under(active, places), F.adaptive_max_pool2d(active.double(), places) > 0)
 
 
 @settings(max_examples=100, deadline=None)

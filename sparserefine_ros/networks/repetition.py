@@ -34,7 +34,7 @@ from sparserefine_ros.networks.repetition_recording import (
     name_of,
     operands,
 )
-from sparserefine_ros.networks.repetition_tables import Corners, Engine, Form, Grid, Rows, Size
+from sparserefine_ros.networks.repetition_tables import Corners, Engine, Form, Grid, Rows, Size, lies_under
 
 POINTWISE = Form((1, 1), 1, (0, 0), 1)
 
@@ -72,7 +72,7 @@ class Repetition:
         """A site is active where a selected pixel lies under it."""
 
         def make() -> Grid:
-            return Grid(F.adaptive_max_pool2d(self.selected.active.float(), size) > 0)
+            return Grid(lies_under(self.selected.active, size))
 
         grid: Grid = self.selected if size == self.selected.size else self.once(size, make)
         return grid

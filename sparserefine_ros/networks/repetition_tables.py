@@ -32,6 +32,15 @@ class Grid:
         self.sites = SiteSet.from_mask(active)
 
 
+def lies_under(active: Tensor, size: Size) -> Tensor:
+    """[B, h, w] bool: where one of ``active`` [B, H, W] bool lies under a place of a grid of ``size``; adaptive maximum
+    pooling."""
+    while all(side % (2 * places) == 0 for side, places in zip(active.shape[1:], size, strict=True)):
+        active = active[:, ::2] | active[:, 1::2]
+        active = active[:, :, ::2] | active[:, :, 1::2]
+    return active if active.shape[1:] == size else F.adaptive_max_pool2d(active.float(), size) > 0
+
+
 class Form(NamedTuple):
     """Of a convolution; pairs are of rows and columns."""
 
