@@ -20,7 +20,8 @@ from sparserefine_ros.networks.selectors import upsample_nearest
 from sparserefine_ros.networks.unet import SparseUNet
 from sparserefine_ros.segmenter.bundle import Bundle
 from sparserefine_ros.segmenter.preprocess import normalise
-from sparserefine_ros.segmenter.refining import Sparse, refiner_input
+from sparserefine_ros.segmenter.refiner_input import refiner_input
+from sparserefine_ros.segmenter.refining import Sparse
 from sparserefine_ros.segmenter.segmenter import Segmenter
 from sparserefine_ros.sparse import STRIDE_MODES, Pyramid, SiteSet
 from sparserefine_ros.sparse.backends import Backend

@@ -71,8 +71,8 @@ def imported_modules() -> set[str]:
 
 
 ROOMS = (
-    "errors", "untrusted", "whole_files", "native", "sparse", "networks", "datasets", "segmenter", "evaluation",
-    "training", "studies", "node", "benchmarks", "commands", "cli",
+    "errors", "memory", "untrusted", "whole_files", "native", "sparse", "networks", "datasets", "segmenter",
+    "evaluation", "training", "studies", "node", "benchmarks", "commands", "cli",
 )  # fmt: skip
 """Of the package, each importing from those before it alone."""
 

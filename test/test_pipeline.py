@@ -17,7 +17,7 @@ from sparserefine_ros.benchmarks.pipeline import OUT_OF_MEMORY, Pipeline, Settin
 from sparserefine_ros.cli import main
 from sparserefine_ros.commands.arguments import parse_size
 from sparserefine_ros.segmenter.preprocess import normalise
-from sparserefine_ros.segmenter.refining import refiner_input
+from sparserefine_ros.segmenter.refiner_input import refiner_input
 
 TINY = PaperModel("compact", {"widths": [4, 4, 4, 4], "depths": [1, 1, 1]}, 0.25, channels=(4, 6))
 SETTING = Setting((64, 96), warmup=1, repeats=4)

@@ -25,8 +25,8 @@ from sparserefine_ros.networks.repetition_cpu import CpuEngine
 from sparserefine_ros.networks.repetition_recording import Kept
 from sparserefine_ros.networks.repetition_tables import Engine, Grid
 from sparserefine_ros.segmenter.dense import fold_batch_norm, ready
-from sparserefine_ros.segmenter.head import gather_initial
 from sparserefine_ros.segmenter.preprocess import normalise, normalise_pixels
+from sparserefine_ros.segmenter.refiner_input import refiner_input
 from sparserefine_ros.sparse import SiteSet
 from sparserefine_ros.sparse.backends import Backend
 from sparserefine_ros.sparse.backends.cpu import CpuBackend
@@ -182,12 +182,3 @@ KINDS: dict[str, type[Refining]] = {
     "repeat": Repeats,
 }
 """By the names of networks.registry.REFINERS."""
-
-
-def refiner_input(sites: SiteSet, native: Tensor, probabilities: Tensor | None = None) -> Tensor:
-    """[N, 3 or 3 + K]: colours at ``sites`` of ``native`` [B, H, W, 3] uint8, normalised, and context where given.
-
-    probabilities: [B, K, h, w] of the initial prediction.
-    """
-    pixels = normalise_pixels(native.view(-1, 3)[sites.flat])
-    return pixels if probabilities is None else torch.cat([pixels, gather_initial(probabilities, sites)], 1)

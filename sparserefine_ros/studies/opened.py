@@ -16,7 +16,7 @@ from sparserefine_ros.networks.selectors import EntropySelector, Prediction, ups
 from sparserefine_ros.segmenter.bundle import Bundle
 from sparserefine_ros.segmenter.head import gather_initial
 from sparserefine_ros.segmenter.preprocess import normalise, resize
-from sparserefine_ros.segmenter.refining import refiner_input
+from sparserefine_ros.segmenter.refiner_input import refiner_input
 from sparserefine_ros.segmenter.segmenter import Segmenter
 from sparserefine_ros.sparse import SiteSet
 from sparserefine_ros.studies.features import FeatureTap
