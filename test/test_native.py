@@ -63,7 +63,12 @@ def mark(library: ctypes.CDLL, n: int, chunk: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize(("n", "chunk"), [(0, 4), (1, 4), (4, 4), (1001, 7), (100_000, 1000)])
-def test_every_index_is_visited_once(source: Path, threads: int, n: int, chunk: int) -> None:
+@pytest.mark.parametrize("openmp", [True, False], ids=["openmp", "alone"])
+def test_every_index_is_visited_once(
+    source: Path, threads: int, n: int, chunk: int, openmp: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not openmp:
+        monkeypatch.setattr(native, "_team", lambda process: None)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -88,13 +93,39 @@ def test_callers_at_the_same_time_do_not_mix(source: Path) -> None:
     assert results == [True] * 200
 
 
+WHO = """#define _GNU_SOURCE
+#include <stdint.h>
+#include <unistd.h>
+struct job { int64_t n; int64_t *seen; };
+void mark(struct job *job, int64_t first, int64_t last) {
+    usleep(1000);
+    for (int64_t i = first; i < last; i++) job->seen[i] = gettid();
+}
+"""
+
+
+def test_the_threads_are_those_of_torch(source: Path) -> None:
+    """None is started for it once torch has its own, and a torch with OpenMP shares them."""
+    source.write_text(WHO)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        torch.ones(1 << 20).exp()
+        there = {int(thread.name) for thread in Path("/proc/self/task").iterdir()}
+        who = set(mark(load(source), 60, 1).tolist())
+    finally:
+        torch.set_num_threads(before)
+    assert who <= there and threading.get_native_id() in who
+    assert len(who) == (3 if torch.backends.openmp.is_available() else 1)
+
+
 def _in_child(source: Path, queue: multiprocessing.Queue) -> None:
     queue.put(torch.equal(mark(load(source), 5000, 64), torch.arange(5000)))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_starts_threads_of_its_own(source: Path) -> None:
+def test_a_forked_child_waits_for_no_threads_of_its_parent(source: Path) -> None:
     mark(load(source), 5000, 64)
     context = multiprocessing.get_context("fork")
     queue = context.Queue()

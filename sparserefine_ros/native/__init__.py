@@ -24,7 +24,7 @@ from torch import Tensor
 from sparserefine_ros.errors import SparseRefineError
 from sparserefine_ros.whole_files import whole
 
-FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
+FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 NATIVE = {
     **dict.fromkeys(("x86_64", "AMD64", "i686"), ("-march=native",)),
     **dict.fromkeys(("aarch64", "arm64"), ("-mcpu=native",)),
@@ -66,11 +66,27 @@ def load(source: Path) -> ctypes.CDLL:
 
 def parallel(library: ctypes.CDLL, function: str, argument: ctypes.Structure, n: int, chunk: int) -> None:
     """Runs ``void function(argument *, int64_t first, int64_t last)`` over 0..n, on as many threads as torch uses."""
-    call = load(PARALLEL).sr_parallel
-    call(
-        ctypes.cast(getattr(library, function), ctypes.c_void_p), ctypes.byref(argument), ctypes.c_int64(n),
-        ctypes.c_int64(chunk), ctypes.c_int64(torch.get_num_threads()),
+    load(PARALLEL).sr_parallel(
+        _team(os.getpid()), ctypes.cast(getattr(library, function), ctypes.c_void_p), ctypes.byref(argument),
+        ctypes.c_int64(n), ctypes.c_int64(chunk), ctypes.c_int64(torch.get_num_threads()),
     )  # fmt: skip
+
+
+_IMPORTED_BY = os.getpid()
+
+
+@cache
+def _team(process: int) -> ctypes.c_void_p | None:
+    """GOMP_parallel of the OpenMP that torch runs on; LLVM's and Intel's have it too.
+
+    None where torch runs on something else, and in a child of fork: OpenMP would wait for its parent's threads there.
+    """
+    if process != _IMPORTED_BY:
+        return None
+    try:
+        return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, ctypes.c_void_p)
+    except (AttributeError, OSError):
+        return None
 
 
 def address(tensor: Tensor | None) -> int | None:
