@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 
 from sparserefine_ros import __version__
 from sparserefine_ros.errors import SparseRefineError
+from sparserefine_ros.memory import keep_every_buffer
 from sparserefine_ros.untrusted import printable
 
 COMMANDS = {
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
     args = parser.parse_args(argv)
+    keep_every_buffer()
     if isinstance(sys.stdout, io.TextIOWrapper):  # names and dashes that a terminal's encoding lacks end no command
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
