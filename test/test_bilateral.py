@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compiler import needs_compiler
 
+from sparserefine_ros.networks import bilateral
 from sparserefine_ros.networks.bilateral import BilateralRefiner
 from sparserefine_ros.networks.macs import counting_refiner_macs
 from sparserefine_ros.segmenter.bundle import Bundle, save_network
@@ -19,8 +21,15 @@ from sparserefine_ros.sparse import SiteSet
 ARGS = {"radius": 1, "step": 2, "distance": 1.5, "colour": 0.2, "initial": 0.25}
 
 
+@pytest.fixture(params=[pytest.param("c", marks=needs_compiler), "torch"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "torch":
+        monkeypatch.setattr(bilateral, "_kernel", lambda: None)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("size", [(8, 12), (9, 13), (4, 6)])
-def test_equals_the_sum_written_out(size: tuple[int, int]) -> None:
+def test_equals_the_sum_written_out(size: tuple[int, int], engine: str) -> None:
     rng = np.random.default_rng(0)
     (high, wide), (h, w), classes = size, (4, 6), 5
     native, low = rng.integers(0, 256, (2, high, wide, 3), np.uint8), rng.integers(0, 256, (2, h, w, 3), np.uint8)
@@ -43,7 +52,24 @@ def test_equals_the_sum_written_out(size: tuple[int, int]) -> None:
         np.testing.assert_allclose(found[n].exp().numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_an_edge_between_low_resolution_pixels_is_found() -> None:
+@needs_compiler
+@pytest.mark.parametrize(("classes", "radius"), [(2, 0), (19, 2), (255, 3), (256, 1), (3, 16)])
+def test_engines_agree(classes: int, radius: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a class has no probability, a colour decides alone, and a value is not finite."""
+    torch.manual_seed(0)
+    refiner = BilateralRefiner(classes, radius, distance=0.5, colour=0.01)
+    native, low = (torch.randint(0, 256, (2, side, side + 3, 3), dtype=torch.uint8) for side in (31, 12))
+    p = (30 * torch.randn(2, classes, 12, 15)).softmax(1).to(memory_format=torch.channels_last)
+    p[1, 0, 11, 14] = math.nan
+    sites = SiteSet.from_mask(torch.rand(2, 31, 34) < 0.7)
+    in_c = refiner(sites, native, low, p)
+    monkeypatch.setattr(bilateral, "_kernel", lambda: None)
+    plain = refiner(sites, native, low, p)
+    assert plain.isnan().any() and not plain.isnan().all()
+    torch.testing.assert_close(in_c, plain, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_an_edge_between_low_resolution_pixels_is_found(engine: str) -> None:
     """Black left of column 7, white from there on: low-resolution column 3 covers both, its class is one of them."""
     native = torch.zeros(1, 16, 16, 3, dtype=torch.uint8)
     native[:, :, 7:] = 255

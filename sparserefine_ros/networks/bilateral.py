@@ -10,10 +10,17 @@ Shape shorthand: B images, K classes, H, W native size, h, w low resolution, N s
 
 from __future__ import annotations
 
+import ctypes
+from ctypes import c_float, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparserefine_ros.native import PARALLEL, NativeError, load, parallel
 from sparserefine_ros.networks.ensemblers import DirectEnsembler
 from sparserefine_ros.networks.limits import check_whole
 from sparserefine_ros.networks.selectors import nearest_index
@@ -23,6 +30,8 @@ CHUNK = 8192  # pixels a CPU core holds in its cache
 GPU_CHUNK = 1 << 18  # pixels that keep a GPU busy, and take a few hundred MB with 25 taps
 MIN_WIDTH = 1e-6  # of a Gaussian: those of a narrower one are all 0 in float32, and their mean is no number
 MAX_RADIUS = 16  # 1089 taps; every pixel reads as many colours and probabilities
+KERNEL, MAX_CLASSES = Path(__file__).with_name("bilateral_cpu.c"), 255
+TOGETHER = 256  # pixels a thread takes at a time in C
 
 
 class BilateralRefiner(nn.Module):
@@ -59,8 +68,7 @@ class BilateralRefiner(nn.Module):
                 "share from 0 to 1"
             )
         self.distance, self.colour, self.initial = distance, colour, initial
-        taps = step * torch.arange(-radius, radius + 1)
-        self.register_buffer("taps", torch.cartesian_prod(taps, taps), persistent=False)  # [T, 2] row, column
+        self.register_buffer("taps", step * torch.arange(-radius, radius + 1), persistent=False)  # along an axis
         self.taps: Tensor
         self.classifier = nn.Identity()
         self.ensembler = DirectEnsembler()
@@ -70,33 +78,78 @@ class BilateralRefiner(nn.Module):
 
         native: [B, H, W, 3] uint8 RGB; low: [B, h, w, 3], the same at low resolution; probabilities: [B, K, h, w].
         """
+        kernel = _kernel() if native.device.type == "cpu" else None
+        if kernel is not None and probabilities.dtype == torch.float32 and probabilities.shape[1] <= MAX_CLASSES:
+            return self._in_c(kernel, sites, native.contiguous(), low.contiguous(), probabilities)
         rows = probabilities.permute(0, 2, 3, 1).reshape(-1, probabilities.shape[1])  # [B h w, K]
         colours = low.view(-1, 3).float() / 255  # [B h w, 3]
+        down, right = self._axes(native.shape[1:3], low.shape[1:3], native.device)
         chunk = CHUNK if native.device.type == "cpu" else GPU_CHUNK
         parts = []
         for part, flat in zip(sites.sites.split(chunk), sites.flat.split(chunk), strict=True):
-            index, centre, squared = self._window(part, native.shape[1:3], low.shape[1:3])
+            image, row, column = part.unbind(1)
+            base = image * low.shape[1]
+            index = (base[:, None] + down.taps[row])[:, :, None] * low.shape[2] + right.taps[column][:, None]
+            centre = (base + down.own[row]) * low.shape[2] + right.own[column]  # [n]
+            distance = (down.squared[row][:, :, None] + right.squared[column][:, None]).flatten(1)  # [n, T]
             own = native.view(-1, 3)[flat].float() / 255  # [n, 3]
-            difference = (colours[index] - own[:, None]).square().sum(-1)  # [n, T]
-            weight = (-squared / (2 * self.distance**2) - difference / (2 * self.colour**2)).softmax(1)
-            mean = F.embedding_bag(index, rows, mode="sum", per_sample_weights=weight)  # [n, K]
+            difference = (colours[index.flatten(1)] - own[:, None]).square().sum(-1)  # [n, T]
+            weight = (-distance - difference / (2 * self.colour**2)).softmax(1)
+            mean = F.embedding_bag(index.flatten(1), rows, mode="sum", per_sample_weights=weight)  # [n, K]
             parts.append(torch.lerp(mean, rows[centre], self.initial))
         return torch.cat(parts).clamp_min(1e-10).log()
 
-    def _window(self, sites: Tensor, size: tuple[int, ...], low_size: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of [B h w] under the taps [n, T] and under the sites [n], and squared distances [n, T] to the taps.
+    def _in_c(self, kernel: ctypes.CDLL, sites: SiteSet, native: Tensor, low: Tensor, probabilities: Tensor) -> Tensor:
+        (_, height, width), (_, classes, h, w) = sites.shape, probabilities.shape
+        down, right = self._axes((height, width), (h, w), native.device)
+        at, rows = sites.sites.contiguous(), probabilities.permute(0, 2, 3, 1).contiguous()
+        out = torch.empty(len(sites), classes)
+        tensors = (
+            at, native, low, rows, down.taps, right.taps, down.squared, right.squared, down.own, right.own
+        )  # fmt: skip
+        job = _Bilateral(
+            *(tensor.data_ptr() for tensor in tensors), height, width, h, w, len(self.taps), classes,
+            1 / (2 * (255 * self.colour) ** 2), self.initial, out.data_ptr(),
+        )  # fmt: skip
+        parallel(kernel, "sr_bilateral", job, len(sites), TOGETHER)
+        return out
 
-        Taps outside the image are those of its edge.
-        """
-        batch, places, squares = sites[:, :1], [], []
-        for axis in (0, 1):
-            high, length = size[axis], low_size[axis]
-            exact = (sites[:, axis + 1] + 0.5) * (length / high) - 0.5  # position of pixel centres, in low pixels
-            nearest = nearest_index(length, high, sites.device)[sites[:, axis + 1]]
-            tap = nearest[:, None] + self.taps[:, axis]  # [n, T]
-            squares.append((tap - exact[:, None]).square())
-            places.append((tap.clamp(0, length - 1), nearest[:, None]))
-        (row, own_row), (column, own_column) = places
-        index = (batch * low_size[0] + row) * low_size[1] + column
-        centre = (batch * low_size[0] + own_row) * low_size[1] + own_column
-        return index, centre[:, 0], squares[0] + squares[1]
+    def _axes(self, size: tuple[int, ...], low_size: tuple[int, ...], device: torch.device) -> list[_Axis]:
+        """Of rows and of columns. Taps outside the image are those of its edge."""
+        axes = []
+        for length, high in zip(low_size, size, strict=True):
+            exact = (torch.arange(high, device=device) + 0.5) * (length / high) - 0.5  # pixel centres, in low pixels
+            own = nearest_index(length, high, device)
+            taps = own[:, None] + self.taps
+            squared = (taps - exact[:, None]).square() / (2 * self.distance**2)
+            axes.append(_Axis(own, taps.clamp(0, length - 1), squared))
+        return axes
+
+
+class _Axis(NamedTuple):
+    """For each of H rows of native, or of its W columns."""
+
+    own: Tensor  # [H] int64: of low, under the pixel
+    taps: Tensor  # [H, 2 radius + 1] int64: of low, under the taps
+    squared: Tensor  # [H, 2 radius + 1]: distances to the taps, squared, over twice the Gaussian's variance
+
+
+class _Bilateral(ctypes.Structure):
+    """As ``struct bilateral`` in bilateral_cpu.c."""
+
+    _fields_ = [
+        ("sites", c_void_p), ("native", c_void_p), ("low", c_void_p), ("probabilities", c_void_p), ("rows", c_void_p),
+        ("columns", c_void_p), ("down", c_void_p), ("right", c_void_p), ("own_row", c_void_p), ("own_column", c_void_p),
+        ("height", c_int64), ("width", c_int64), ("low_height", c_int64), ("low_width", c_int64), ("side", c_int64),
+        ("classes", c_int64), ("colour", c_float), ("initial", c_float), ("out", c_void_p),
+    ]  # fmt: skip
+
+
+@cache
+def _kernel() -> ctypes.CDLL | None:
+    """None where it cannot be compiled; torch then does its work, more slowly."""
+    try:
+        load(PARALLEL)
+        return load(KERNEL)
+    except NativeError:
+        return None

@@ -72,7 +72,7 @@ def counting_refiner_macs(refiner: Refiner) -> Iterator[list[int]]:
         counts.append(len(output) * sum(layer.in_features * layer.out_features for layer in counted_by_unet))
 
     def bilateral(module: BilateralRefiner, _inputs: tuple[Any, ...], output: Tensor) -> None:
-        counts.append(len(module.taps) * output.numel())
+        counts.append(len(module.taps) ** 2 * output.numel())
 
     def patches(module: PatchRefiner, inputs: tuple[Any, ...], _output: Any) -> None:
         counts.append(dense_macs(lambda: module.forward(*inputs)))  # again: the dense segmenter is no part of it
