@@ -38,5 +38,5 @@ def test_colours_and_the_prediction_over_them(
         prediction = prediction.to(memory_format=torch.channels_last) if last else prediction
     with pytest.MonkeyPatch.context() as patch:
         if engine == "torch":
-            patch.setattr(module, "_kernel", lambda: None)
+            patch.setattr(module, "load_if_possible", lambda source: None)
         assert torch.equal(refiner_input(sites, native, prediction), expected)

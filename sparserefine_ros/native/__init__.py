@@ -64,6 +64,16 @@ def load(source: Path) -> ctypes.CDLL:
         raise NativeError(f"cannot load {library}: {error}; remove that file and try again") from error
 
 
+@cache
+def load_if_possible(source: Path) -> ctypes.CDLL | None:
+    """`load`, and what `parallel` needs; None where one cannot be had: torch then does the work, more slowly."""
+    try:
+        load(PARALLEL)
+        return load(source)
+    except NativeError:
+        return None
+
+
 def parallel(library: ctypes.CDLL, function: str, argument: ctypes.Structure, n: int, chunk: int) -> None:
     """Runs ``void function(argument *, int64_t first, int64_t last)`` over 0..n, on as many threads as torch uses."""
     load(PARALLEL).sr_parallel(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_float, c_int64, c_void_p
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparserefine_ros.native import PARALLEL, NativeError, load, parallel
+from sparserefine_ros.native import load_if_possible, parallel
 from sparserefine_ros.networks.ensemblers import DirectEnsembler
 from sparserefine_ros.networks.limits import check_whole
 from sparserefine_ros.networks.selectors import nearest_index
@@ -30,7 +29,7 @@ CHUNK = 8192  # pixels a CPU core holds in its cache
 GPU_CHUNK = 1 << 18  # pixels that keep a GPU busy, and take a few hundred MB with 25 taps
 MIN_WIDTH = 1e-6  # of a Gaussian: those of a narrower one are all 0 in float32, and their mean is no number
 MAX_RADIUS = 16  # 1089 taps; every pixel reads as many colours and probabilities
-KERNEL, MAX_CLASSES = Path(__file__).with_name("bilateral_cpu.c"), 255
+KERNEL = Path(__file__).with_name("bilateral_cpu.c")
 TOGETHER = 256  # pixels a thread takes at a time in C
 
 
@@ -78,8 +77,9 @@ class BilateralRefiner(nn.Module):
 
         native: [B, H, W, 3] uint8 RGB; low: [B, h, w, 3], the same at low resolution; probabilities: [B, K, h, w].
         """
-        kernel = _kernel() if native.device.type == "cpu" else None
-        if kernel is not None and probabilities.dtype == torch.float32 and probabilities.shape[1] <= MAX_CLASSES:
+        fits = probabilities.dtype == torch.float32 and low.shape[1:3] == probabilities.shape[2:]
+        kernel = load_if_possible(KERNEL) if fits and native.device.type == "cpu" else None
+        if kernel is not None:
             return self._in_c(kernel, sites, native.contiguous(), low.contiguous(), probabilities)
         rows = probabilities.permute(0, 2, 3, 1).reshape(-1, probabilities.shape[1])  # [B h w, K]
         colours = low.view(-1, 3).float() / 255  # [B h w, 3]
@@ -143,13 +143,3 @@ class _Bilateral(ctypes.Structure):
         ("height", c_int64), ("width", c_int64), ("low_height", c_int64), ("low_width", c_int64), ("side", c_int64),
         ("classes", c_int64), ("colour", c_float), ("initial", c_float), ("out", c_void_p),
     ]  # fmt: skip
-
-
-@cache
-def _kernel() -> ctypes.CDLL | None:
-    """None where it cannot be compiled; torch then does its work, more slowly."""
-    try:
-        load(PARALLEL)
-        return load(KERNEL)
-    except NativeError:
-        return None

@@ -88,8 +88,10 @@ class Head:
 
 
 class NativeHead(Head):
-    """The same in C, for float32 on a CPU: one pass over pixels that stay in registers. What is blended in by neither
-    of the ways below is torch's."""
+    """The same in C, for float32 on a CPU: one pass over pixels that stay in registers.
+
+    Predictions that are merged in another way than the two below are merged by torch.
+    """
 
     def __init__(self, refiner: Refiner | None) -> None:
         super().__init__(refiner)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparserefine_ros.native import PARALLEL, NativeError, address, load, parallel
+from sparserefine_ros.native import address, load_if_possible, parallel
 from sparserefine_ros.networks.selectors import nearest_index
 from sparserefine_ros.segmenter.head import gather_initial
 from sparserefine_ros.segmenter.preprocess import normalise_pixels
@@ -28,7 +28,7 @@ def refiner_input(sites: SiteSet, native: Tensor, probabilities: Tensor | None =
 
     probabilities: [B, K, h, w] of the initial prediction.
     """
-    library = _kernel() if native.device.type == "cpu" else None
+    library = load_if_possible(KERNEL) if native.device.type == "cpu" else None
     if library is not None and (probabilities is None or probabilities.dtype == torch.float32):
         return _in_c(library, sites, native, probabilities)
     pixels = normalise_pixels(native.view(-1, 3)[sites.flat])
@@ -61,16 +61,6 @@ def _in_c(library: ctypes.CDLL, sites: SiteSet, native: Tensor, probabilities: T
     )  # fmt: skip
     parallel(library, "sr_input", job, len(sites), CHUNK)
     return out
-
-
-@cache
-def _kernel() -> ctypes.CDLL | None:
-    """None where it cannot be compiled; the sparse engine has said why."""
-    try:
-        load(PARALLEL)
-        return load(KERNEL)
-    except NativeError:
-        return None
 
 
 @cache
