@@ -60,7 +60,7 @@ setup(
     package_data={
         NAME: ["py.typed"],
         f"{NAME}.evaluation": ["templates/*"],
-        **{f"{NAME}.{room}": ["*.c"] for room in ("native", "networks", "node", "segmenter", "sparse.backends")},
+        **{f"{NAME}.{room}": ["*.c", "*.h"] for room in ("native", "networks", "node", "segmenter", "sparse.backends")},
     },
     classifiers=[
         "Programming Language :: Python :: 3",

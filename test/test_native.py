@@ -28,6 +28,7 @@ from sparserefine_ros.sparse.backends.cpu import CONV, MAPS
 
 pytestmark = needs_compiler
 CPU = torch.device("cpu")
+PACKAGE = Path(native.__file__).parents[1]
 COUNT = """#include <stdint.h>
 struct job { int64_t n; int64_t *seen; };
 void mark(struct job *job, int64_t first, int64_t last) { for (int64_t i = first; i < last; i++) job->seen[i] += i; }
@@ -171,7 +172,7 @@ CROSS = shutil.which("aarch64-linux-gnu-gcc")
 
 
 @pytest.mark.skipif(CROSS is None, reason="no compiler for aarch64 (Debian: gcc-aarch64-linux-gnu)")
-@pytest.mark.parametrize("kernel", [native.PARALLEL, KERNEL, CONV, MAPS], ids=lambda path: path.name)
+@pytest.mark.parametrize("kernel", sorted(PACKAGE.rglob("*.c")), ids=lambda path: path.name)
 def test_kernels_compile_for_aarch64(kernel: Path, tmp_path: Path) -> None:
     assert CROSS is not None
     native._compile([CROSS, *native.FLAGS, "-mcpu=cortex-a78ae", "-Werror"], kernel, tmp_path / "kernel.so")

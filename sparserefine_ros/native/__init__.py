@@ -31,6 +31,7 @@ NATIVE = {
 }
 """By architecture: all that this very CPU can do. The kernels are plain C with vectors; elsewhere they do without."""
 PARALLEL = Path(__file__).with_name("parallel.c")
+VECTORS = Path(__file__).with_name("vectors.h")  # which kernels may include
 
 
 class NativeError(SparseRefineError):
@@ -46,7 +47,8 @@ def load(source: Path) -> ctypes.CDLL:
     """
     compiler = _compiler()
     command = [*compiler, *FLAGS, *NATIVE.get(platform.machine(), ())]
-    key = hashlib.sha256("\0".join([source.read_text(), *command, _version(tuple(compiler)), _cpu()]).encode())
+    text = [source.read_text(), VECTORS.read_text()]
+    key = hashlib.sha256("\0".join([*text, *command, _version(tuple(compiler)), _cpu()]).encode())
     name = f"{source.stem}-{key.hexdigest()[:16]}.so"
     with suppress(OSError):  # none there, or damaged: a power cut, a full disk
         return ctypes.CDLL(str(users_cache() / name))
