@@ -94,6 +94,22 @@ def test_callers_at_the_same_time_do_not_mix(source: Path) -> None:
     assert results == [True] * 200
 
 
+@pytest.mark.parametrize("changed", ["kernel", "header"])
+def test_what_was_compiled_of_an_older_text_is_not_taken(
+    changed: str, own_cache: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an upgrade: the cache outlives the package that filled it."""
+    header = tmp_path / "vectors.h"
+    header.write_text("#define START 0\n")
+    source.write_text('#include "vectors.h"\n' + COUNT.replace("+= i;", "+= START + i;"))
+    monkeypatch.setattr(native, "VECTORS", header)
+    assert torch.equal(mark(load(source), 5, 2), torch.arange(5))
+    edited, old, new = (source, "START + i", "7 + i") if changed == "kernel" else (header, "START 0", "START 7")
+    edited.write_text(edited.read_text().replace(old, new))
+    load.cache_clear()
+    assert torch.equal(mark(load(source), 5, 2), torch.arange(7, 12))
+
+
 WHO = """#define _GNU_SOURCE
 #include <stdint.h>
 #include <unistd.h>
